@@ -1,0 +1,147 @@
+"""BlockSpec and NetworkSpec to torch modules."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from contextlib import nullcontext
+from dataclasses import MISSING, fields
+
+import torch
+from torch import Tensor, nn
+
+from nas import registry
+from nas.errors import NasError, unknown
+from nas.network import BlockSpec, NetworkSpec, Scalar
+
+# A whole number is also accepted where a setting is a float; a bool never passes for a number.
+_ALLOWED = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+
+
+def build_block(spec: BlockSpec) -> nn.Module:
+    """The module of one block, with torch's default initialisation, on the current default device.
+
+    Its `forward` takes the block's inputs by name, each with a batch axis in front.
+
+    Raises:
+        UsageError: unknown block kind.
+        NasError: a setting that the kind does not have, lacks, or cannot take.
+    """
+    plugin = registry.load("nas.blocks", spec.kind)
+    module: nn.Module = plugin.Block(plugin.Settings(**_checked(spec, plugin.Settings)))
+    return module
+
+
+def _checked(spec: BlockSpec, settings: type) -> dict[str, Scalar]:
+    known = {field.name: field for field in fields(settings)}
+    given = dict(spec.settings)
+    where = f"block {spec.name!r} of kind {spec.kind!r}"
+    for name, value in given.items():
+        if name not in known:
+            raise unknown("setting", name, known, where=where)
+        wanted = str(known[name].type)
+        if not isinstance(value, _ALLOWED[wanted]) or (isinstance(value, bool) and wanted != "bool"):
+            raise NasError(f"{where}: setting {name!r} must be of type {wanted}, got {value!r}")
+    missing = [name for name, field in known.items() if field.default is MISSING and name not in given]
+    if missing:
+        raise NasError(f"{where} lacks the settings {', '.join(missing)}")
+    return given
+
+
+def build(
+    spec: NetworkSpec,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    seed: int | None = None,
+) -> Network:
+    """The whole network, with torch's default initialisation.
+
+    Args:
+        spec: the network.
+        device: where it is made; "meta" makes shapes without memory.
+        dtype: floating-point type of the parameters, float32 if None.
+        seed: makes the weights reproducible and leaves the caller's random state alone; None draws from it.
+    """
+    chosen = torch.device(device) if device is not None else torch.get_default_device()
+    cuda = [chosen] if chosen.type == "cuda" else []
+    with nullcontext() if seed is None else torch.random.fork_rng(devices=cuda), chosen:
+        if seed is not None:
+            torch.manual_seed(seed)
+        network = Network(spec)
+    return network if dtype is None else network.to(dtype)
+
+
+class Network(nn.Module):
+    """A network whose submodules have the names of its blocks.
+
+    Parameter names equal those of the diffusers class of the same shape, except that the two output layers are below
+    `head.` (see `nas.checkpoint`).
+
+    Attributes:
+        spec: what it was built from.
+    """
+
+    def __init__(self, spec: NetworkSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        for block in spec.blocks:
+            _place(self, block.name, build_block(block))
+        self._last_use = {block.skip: i for i, block in enumerate(spec.blocks) if block.skip is not None}
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        text: Tensor,
+        return_features: Collection[str] | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """One denoiser call.
+
+        Args:
+            sample: noisy latent [B, C, H, W].
+            timestep: [B], or one number for the whole batch.
+            text: text tokens [B, T, D].
+            return_features: names of blocks whose outputs are wanted too (for feature distillation).
+
+        Returns:
+            The prediction [B, C, H, W]; with `return_features`, also those blocks' outputs by name.
+
+        Raises:
+            UsageError: `return_features` names a block that is not in this network.
+        """
+        wanted = frozenset(return_features or ())
+        if wanted:
+            self._check_names(wanted)
+        timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
+        given = {"x": sample, "text": text, "timestep": timestep}
+        kept: dict[str, Tensor] = {}
+        features: dict[str, Tensor] = {}
+        for i, block in enumerate(self.spec.blocks):
+            if block.skip is not None:
+                given["skip"] = kept[block.skip]
+            inputs = {name: given[name] for name, _ in block.inputs}
+            output = self.get_submodule(block.name)(**inputs)
+            given["temb" if block.kind == "time_embedding" else "x"] = output
+            if block.name in self._last_use:
+                kept[block.name] = output
+            if block.skip is not None and self._last_use[block.skip] == i:
+                del kept[block.skip]
+            if block.name in wanted:
+                features[block.name] = output
+        return given["x"] if return_features is None else (given["x"], features)
+
+    def _check_names(self, names: Collection[str]) -> None:
+        known = [block.name for block in self.spec.blocks]
+        for name in names:
+            if name not in known:
+                raise unknown("block", name, known, where=f"network {self.spec.name}")
+
+
+def _place(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Hangs `module` at the dotted `path` below `root`, making the containers between."""
+    *parents, leaf = path.split(".")
+    for name in parents:
+        if not hasattr(root, name):
+            root.add_module(name, nn.Module())
+        root = root.get_submodule(name)
+    root.add_module(leaf, module)

@@ -1,0 +1,100 @@
+"""What names on the command line stand for: a study's folder, a candidate by its choices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nas.errors import UsageError, unknown
+
+if TYPE_CHECKING:
+    from nas.space import Candidate, SearchSpace
+
+REPORTS = Path("reports")
+
+
+def study_folder(text: str) -> Path:
+    """The folder of a study: a path, or a name below reports/. Reads nothing, so that it costs no import.
+
+    Raises:
+        UsageError: there is none.
+    """
+    for folder in (Path(text), REPORTS / text):
+        if (folder / "study.json").is_file():
+            return folder
+    known = [path.parent.name for path in REPORTS.glob("*/study.json")]
+    raise unknown(
+        "study", text, known, where=f"{REPORTS}/", hint="nas search --space snapgen_unet --budget 1.4s@iphone"
+    )
+
+
+def chosen(
+    subject: str | None, space: str | None, reference: str | None, choices: str | None, resolution: int | None
+) -> tuple[Candidate, str]:
+    """The one network that a command is about: of a study, or of a space by reference, by choices, or by both.
+
+    Args:
+        subject: STUDY#CANDIDATE, or None.
+        space: a space's name, where `subject` is None.
+        reference: a published network of the space.
+        choices: "name=value,…"; what is not named is taken from `reference`.
+        resolution: image side in px instead of the study's or space's.
+
+    Returns:
+        The candidate and what to call it.
+
+    Raises:
+        UsageError: an unknown name, both or neither of study and space, or a space without a choice in it.
+    """
+    if (subject is None) == (space is None):
+        raise UsageError("name either STUDY#CANDIDATE or --space with --reference or --candidate, and not both")
+    if subject is not None:
+        from nas.record import candidate_of
+
+        found = candidate_of(subject)[1]
+        if resolution is not None:
+            found = found.space.at_resolution(resolution).candidate(**found.choices)
+        return found, found.key
+    loaded = sized_space(str(space), resolution)
+    if choices is not None:
+        found = typed_candidate(loaded, choices, reference)
+        return found, found.key
+    if reference is None:
+        raise UsageError("--space needs --reference NAME or --candidate name=value,…", hint=f"nas spaces show {space}")
+    return loaded.reference(reference), reference
+
+
+def sized_space(name: str, resolution: int | None) -> SearchSpace:
+    """The space of that name, at another image side where one is given."""
+    from nas.space import load_space
+
+    space = load_space(name)
+    return space if resolution is None else space.at_resolution(resolution)
+
+
+def typed_candidate(space: SearchSpace, choices: str, base: str | None) -> Candidate:
+    """The candidate of "width_0=256,conv_0=full,…"; choices not named are taken from the reference `base`.
+
+    Raises:
+        UsageError: a part is not name=value, a choice or value is not known, or one is missing and there is no base.
+    """
+    values: dict[str, Any] = dict(space.reference(base).choices) if base is not None else {}
+    for part in choices.split(","):
+        name, separator, text = (piece.strip() for piece in part.partition("="))
+        if not separator:
+            raise UsageError(f"--candidate takes name=value pairs joined by commas, got {part.strip()!r}")
+        values[name] = read_value(space, name, text)
+    return space.candidate(**values)
+
+
+def read_value(space: SearchSpace, name: str, text: str) -> bool | int | float | str:
+    """The value of choice `name` that is written `text`.
+
+    Raises:
+        UsageError: the choice has no such value.
+    """
+    values = space.choice(name).values
+    for value in values:
+        if str(value).lower() == text.lower():
+            return value
+    raise unknown(f"value of {name}", text, map(str, values), where=f"space {space.name}")

@@ -1,0 +1,134 @@
+"""`nas search` and `nas report`: from a space and a budget to a page to choose from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nas.cli.console import Progress, closing, command_line, duration, result, result_json, resumable, table
+from nas.cli.names import study_folder
+
+if TYPE_CHECKING:
+    from nas.search import SearchResult
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def search(
+    space: Annotated[str, typer.Option(help="A space's name (nas spaces), or the path of its TOML file.")],
+    budget: Annotated[str, typer.Option(help="TIME@DEVICE: 1.4s@iphone for one image, 274ms/step@iphone per call.")],
+    trials: Annotated[int, typer.Option(help="How many candidates to spend a proxy run on.")] = 24,
+    seed: Annotated[int, typer.Option(help="Seed of the sampler.")] = 0,
+    jobs: Annotated[int, typer.Option(help="Proxy runs side by side, one thread each.")] = 2,
+    confidence: Annotated[float, typer.Option(help="How sure the latency must be to lie within the budget.")] = 0.8,
+    resolution: Annotated[int | None, typer.Option(metavar="PX", help="Image side instead of the space's.")] = None,
+    teacher: Annotated[str, typer.Option(help="'embedded', a diffusers folder, or a hub id.")] = "embedded",
+    out: Annotated[Path | None, typer.Option(help="Study folder (default reports/DATE-SPACE-DEVICE).")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming the same search.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, price the space, run no proxy.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Search a space within a latency budget. Writes a study and its page; the same command resumes a search."""
+    from nas.search import SearchSettings, plan_search, preview, run_search
+
+    settings = SearchSettings(
+        space=space,
+        budget=budget,
+        trials=trials,
+        seed=seed,
+        jobs=jobs,
+        confidence=confidence,
+        resolution_px=resolution,
+        teacher=teacher,
+        out=out,
+        fresh=fresh,
+        command=command_line(),
+    )
+    if dry_run:
+        with Progress("price") as progress:
+            plan = plan_search(settings)
+            plan.evaluator.pricer.prepare(lambda done, total: progress("price", done, total, "blocks traced"))
+        _print_preview(preview(plan), as_json)
+        return
+    again = command_line(leave_out=("--fresh",))
+    with resumable(again), Progress("search") as progress:
+        found = run_search(settings, progress)
+        progress("report", 0, 1, "drawing the page")
+        page = _build_report(found.folder)
+    if as_json:
+        result_json(found.to_json())
+    else:
+        _print_search(found)
+    closing(wrote=page, following=found.record["next"], as_json=as_json)
+
+
+def report(
+    study: Annotated[str, typer.Argument(help="A study's folder, or its name under reports/.")], as_json: Json = False
+) -> None:
+    """Draw a study's page again. Reads the study's files only; nothing is measured or trained."""
+    page = _build_report(study_folder(study))
+    if as_json:
+        result_json({"study": page.parent.name, "report": page})
+    closing(wrote=page, following=f"open {page} in a browser", as_json=as_json)
+
+
+def _build_report(folder: Path) -> Path:
+    from nas.report import build_report
+
+    return build_report(folder)
+
+
+def _print_preview(found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        result_json(found)
+        return
+    budget, pipeline = found["budget"], found["pipeline"]
+    result(f"space     {found['space']}, {found['space_size']:,} combinations")
+    result(f"target    {found['target']}")
+    fixed = " + ".join(f"{part['role']} {part['ms']:.0f} ms" for part in pipeline["parts"]) or "nothing else"
+    left = budget["step_budget_ms"]
+    result(f"budget    {budget['text']}: {pipeline['calls']} x the denoiser, {fixed}; leaves {left:.0f} ms a call")
+    result(f"feasible  {found['feasible_share']:.1%} of the space at confidence {budget['confidence']:g}")
+    for row in found["references"]:
+        fits = "fits" if row["feasible"] else row["reason"]
+        interval = f"{row['latency_low_ms']:.0f} to {row['latency_high_ms']:.0f}"
+        result(f"{row['source']}  {row['latency_ms']:.0f} ms ({interval}), {fits}")
+    result(f"would spend {found['trials']} proxy runs")
+    closing(following=command_line(leave_out=("--dry-run",)))
+
+
+def _print_search(found: SearchResult) -> None:
+    record = found.record
+    trials, recommended = record["trials"], record["recommended"]
+    share, confidence = record["infeasible"]["share_of_space"], record["budget"]["confidence"]
+    result(
+        f"{trials['proxied']} candidates distilled in {duration(record['wall_s'])}; of the other proposals"
+        f" {trials['infeasible']} were over the budget, {trials['duplicates']} known, {trials['failed']} failed;"
+        f" {share:.0%} of the space is over the budget at confidence {confidence:g}"
+    )
+    chosen = recommended["key"] if recommended else None
+    rows = [
+        (
+            f"{member.key}{' *' if member.key == chosen else ''}",
+            f"{member.latency_ms:.0f}",
+            f"{member.latency_low_ms:.0f}-{member.latency_high_ms:.0f}",
+            f"{member.meets_budget_probability:.0%}",
+            f"{member.quality:.2f}",
+            f"{member.quality_sd or 0.0:.2f}",
+            f"{member.params / 1e6:.0f}",
+            f"{member.macs / 1e9:.0f}",
+        )
+        for member in found.front
+    ]
+    result(table(("candidate", "ms", "interval", "within", "quality dB", "sd", "M params", "G MACs"), rows))
+    for row in record["references"]:
+        fidelity = "not distilled" if row["quality"] is None else f"{row['quality']:.2f} dB"
+        result(f"reference {row['name']}: {row['latency_ms']:.0f} ms, {fidelity}, {row['params'] / 1e6:.0f} M params")
+    if recommended:
+        result(f"* recommended: {recommended['why']}")
+    else:
+        result("no candidate within the budget was distilled")

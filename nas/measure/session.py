@@ -1,0 +1,137 @@
+"""One session: subjects in interleaved groups, anchors in every group, drifting groups flagged and tried again."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import numpy as np
+import torch
+
+from nas import tables
+from nas.backends import Loaded
+from nas.device import DeviceSheet
+from nas.errors import NasError
+from nas.measure.subjects import Subject
+from nas.measure.timing import Clocks, Protocol, Samples, describe, statistic_for, time_group
+from nas.provenance import processor
+
+_MOST_ANCHORS = 3
+_MOST_ANCHOR_GMAC = 2.0
+
+
+def pick_anchors(subjects: Sequence[Subject]) -> tuple[Subject, ...]:
+    """Up to three subjects that every group measures again: quick ones, spread over size."""
+    fitting = [s for s in subjects if s.kind != "component" and s.macs / 1e9 <= _MOST_ANCHOR_GMAC] or list(subjects)
+    by_size = sorted(fitting, key=lambda s: (s.macs, s.key))
+    count = min(_MOST_ANCHORS, max(1, len(by_size) // 4))
+    places = [int((i + 1) * len(by_size) / (count + 1)) for i in range(count)]
+    return tuple(by_size[place] for place in places) if by_size else ()
+
+
+@dataclass(kw_only=True)
+class Session:
+    """Measures subjects on a target under one session name.
+
+    Attributes:
+        name: of the session: when it began.
+        anchors: subjects measured with every group; their fastest time so far is what drift is told from.
+        best: anchor key -> its fastest group, in ms.
+    """
+
+    name: str
+    sheet: DeviceSheet
+    backend: ModuleType
+    protocol: Protocol
+    anchors: Sequence[Subject]
+    seed: int
+    clocks: Clocks = field(default_factory=Clocks)
+    best: dict[str, float] = field(default_factory=dict)
+
+    def measure(self, subjects: Sequence[Subject]) -> Iterator[tuple[list[tables.Measurement], str, int]]:
+        """Yields, group by group, the rows to append, what was done, and how many subjects are done.
+
+        Raises:
+            NasError: a subject cannot be built, loaded or run; it is named.
+        """
+        statistic = statistic_for(self.sheet)
+        anchors = {s.key: self._load(s) for s in self.anchors}
+        # The anchors alone first, so that the first group too has something to be compared with.
+        self._note(self._time(anchors, 0), statistic)
+        done = turn = 0
+        for group in self._groups(subjects):
+            loaded = {**anchors, **{s.key: self._load(s) for s in group}}
+            for tries_left in reversed(range(self.protocol.retries + 1)):
+                turn += 1
+                samples = self._time(loaded, turn)
+                slow = self._drift(samples, statistic)
+                flag = f"anchors {slow:.0%} slower than their best" if slow > self.protocol.drift else ""
+                last = not flag or not tries_left
+                done += len(group) if last else 0
+                # The anchors' rows are this group's too, whether or not they were asked for.
+                rows = [self._row(s, samples[s.key], loaded[s.key], flag, statistic) for s in (*self.anchors, *group)]
+                yield rows, f"session {self.name}: {flag or 'anchors steady'}", done
+                if last:
+                    break
+
+    def _groups(self, subjects: Sequence[Subject]) -> list[list[Subject]]:
+        """The subjects without the anchors, in random order, cut into groups; one empty group if none is left."""
+        kept = {a.key for a in self.anchors}
+        rest = [s for s in subjects if s.key not in kept]
+        order = np.random.default_rng(self.seed).permutation(len(rest))
+        size = self.protocol.group
+        return [[rest[i] for i in order[start : start + size]] for start in range(0, max(len(rest), 1), size)]
+
+    def _load(self, subject: Subject) -> Loaded:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            module, inputs = subject.build(self.sheet.target.batch)
+        try:
+            loaded: Loaded = self.backend.load(module, inputs, self.sheet.target)
+            output = loaded()
+        except NasError as error:
+            raise NasError(f"subject {subject.name} ({subject.key}): {error.message}", hint=error.hint) from error
+        if not np.isfinite(output).all():
+            raise NasError(
+                f"subject {subject.name} ({subject.key}) returns numbers that are not finite; its time means little"
+            )
+        return loaded
+
+    def _time(self, loaded: Mapping[str, Loaded], turn: int) -> dict[str, Samples]:
+        return time_group(loaded, protocol=self.protocol, seed=self.seed + turn, clocks=self.clocks)
+
+    def _note(self, samples: Mapping[str, Samples], statistic: str) -> None:
+        for anchor in self.anchors:
+            ms = samples[anchor.key].latency(statistic)
+            self.best[anchor.key] = min(self.best.get(anchor.key, ms), ms)
+
+    def _drift(self, samples: Mapping[str, Samples], statistic: str) -> float:
+        """How much slower than their best the anchors were (median over anchors); 0 where they were faster."""
+        self._note(samples, statistic)
+        ratios = [samples[a.key].latency(statistic) / self.best[a.key] - 1 for a in self.anchors]
+        return float(np.median(ratios)) if ratios else 0.0
+
+    def _row(self, subject: Subject, samples: Samples, loaded: Loaded, flag: str, statistic: str) -> tables.Measurement:
+        target = self.sheet.target
+        return tables.Measurement(
+            target=self.sheet.slug,
+            subject=subject.key,
+            subject_kind=subject.kind,
+            latency_ms=round(samples.latency(statistic), 6),
+            statistic=statistic,
+            samples_ms=samples.wall_ms,
+            cpu_samples_ms=samples.cpu_ms,
+            session=self.name,
+            flagged=flag,
+            batch=target.batch,
+            device=target.device,
+            chip=processor(),
+            resolution_px=subject.resolution_px,
+            role=subject.role,
+            source="measured",
+            protocol=describe(self.protocol, statistic),
+            environment=", ".join(f"{name} {value}" for name, value in loaded.describe().items()),
+            measured_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        )

@@ -1,0 +1,173 @@
+"""The page of one network: treemaps, its blocks, and the counters side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from nas import __version__, page
+from nas.page import Cell, Figure, Section, escape
+from nas.page.numbers import UNKNOWN, label, milliseconds, percent, scaled, significant
+from nas.page.plots import layout
+from nas.profile.candidate import Profile
+from nas.profile.counters import OURS
+from nas.profile.words import NAMES, difference, shown
+
+
+def profile_page(profile: Profile, path: Path) -> Path:
+    """Writes a candidate's profile as one offline page."""
+    space = profile.candidate.space
+    return page.write_page(
+        path,
+        title=f"{space.name}: {profile.name}",
+        lead=_lead(profile),
+        sections=[s for s in _sections(profile) if s.body],
+        made_by=f"Made by nas {__version__}.",
+    )
+
+
+def _lead(profile: Profile) -> str:
+    total, latency, space = profile.total, profile.latency, profile.candidate.space
+    tiles = [
+        ("parameters", scaled(total.params), f"{total.params:,}"),
+        ("MACs, one call", scaled(total.macs), "attention included"),
+        ("weights", scaled(total.weight_bytes, "B"), profile.precision),
+        ("peak activations", scaled(total.peak_activation_bytes, "B"), "upper bound"),
+    ]
+    if latency is not None:
+        between = (
+            f"{milliseconds(latency.low_ms)} to {milliseconds(latency.high_ms)} with {percent(latency.confidence)}"
+        )
+        tiles.insert(0, ("predicted, one call", milliseconds(latency.ms), between))
+    words = f"One denoiser call for an image of {space.resolution_px} × {space.resolution_px} pixels, batch 1."
+    where = f" Latency on {latency.target}." if latency is not None else ""
+    remarks = "".join(page.paragraph(escape(w), "warning") for w in latency.warnings) if latency is not None else ""
+    return page.paragraph(escape(words + where), "lead") + page.tiles(tiles) + remarks
+
+
+def _sections(profile: Profile) -> list[Section]:
+    measures = (["step_ms"] if profile.latency is not None else []) + ["macs", "params", "activation_bytes"]
+    maps = [
+        (f"by {NAMES[m]}", page.figure(f"figure-{m}", treemap(profile.blocks, m), f"treemap of blocks by {NAMES[m]}"))
+        for m in measures
+    ]
+    note = "An area is a block's share; a colour is its kind. Blocks lie inside their stage."
+    return [
+        Section(
+            slug="where", title="Where it goes", body=page.paragraph(note, "note") + page.views("views-where", maps)
+        ),
+        Section(slug="blocks", title="Every block", body=_block_table(profile)),
+        Section(slug="counters", title="Counted by others", body=_counters(profile)),
+        Section(
+            slug="choices",
+            title="Its choices",
+            body=page.facts((label(k), v) for k, v in profile.candidate.choices.items()),
+        ),
+    ]
+
+
+def treemap(blocks: pd.DataFrame, measure: str) -> Figure:
+    """Blocks inside their stages, sized by one column of a profile's blocks, coloured by kind."""
+    kinds = list(dict.fromkeys(blocks["kind"]))
+    colour = {kind: f"@k{i % 8}" for i, kind in enumerate(kinds)}
+    stages = blocks.groupby("stage", sort=False)[measure].sum()
+    whole = float(stages.sum())
+    # A stage of one block that bears its name is that block.
+    own = blocks.assign(parent=np.where(blocks["block"] == blocks["stage"], "", blocks["stage"]))
+    outer = [s for s in stages.index if s not in set(own["block"])]
+    values = [*stages[outer].tolist(), *own[measure].tolist()]
+    names = [*outer, *own["block"]]
+    kind_of = [*["stage"] * len(outer), *own["kind"]]
+    return {
+        "data": [
+            {
+                "type": "treemap",
+                "branchvalues": "total",
+                "ids": names,
+                "labels": [
+                    *outer,
+                    *(b.removeprefix(f"{s}.") for b, s in zip(own["block"], own["parent"], strict=True)),
+                ],
+                "parents": [*[""] * len(outer), *own["parent"]],
+                "values": values,
+                "text": [f"{shown(measure, v)}, {percent(v / whole if whole else 0.0)}" for v in values],
+                "customdata": kind_of,
+                "hovertemplate": "<b>%{id}</b><br>%{customdata}<br>%{text}<extra></extra>",
+                "textinfo": "label+text",
+                "marker": {
+                    "colors": ["@raised" if kind == "stage" else colour[kind] for kind in kind_of],
+                    "line": {"width": 1, "color": "@bg"},
+                    "pad": {"t": 20, "l": 2, "r": 2, "b": 2},
+                },
+                "pathbar": {"visible": False},
+                "tiling": {"packing": "squarify"},
+            }
+        ],
+        "layout": layout(
+            520,
+            margin={"l": 0, "r": 0, "t": 4, "b": 4},
+            uniformtext={"minsize": 9, "mode": "hide"},
+            meta={"legend": [{"name": k, "color": c, "shape": "square", "traces": []} for k, c in colour.items()]},
+        ),
+    }
+
+
+def _block_table(profile: Profile) -> str:
+    timed = profile.latency is not None
+    header = [
+        "block",
+        "kind",
+        *(["latency", "share"] if timed else []),
+        "parameters",
+        "MACs",
+        "weights",
+        "activation traffic",
+        "peak",
+    ]
+    rows: list[list[Cell | str]] = []
+    for row in profile.blocks.to_dict("records"):
+        cells: list[Cell | str] = [row["block"], row["kind"]]
+        if timed:
+            cells += [
+                Cell(text=milliseconds(row["step_ms"]), sort=row["step_ms"]),
+                Cell(text=percent(row["share"]), sort=row["share"]),
+            ]
+        cells += [Cell(text=scaled(row[c]), sort=row[c]) for c in ("params", "macs")]
+        cells += [
+            Cell(text=scaled(row[c], "B"), sort=row[c]) for c in ("weight_bytes", "activation_bytes", "peak_bytes")
+        ]
+        rows.append(cells)
+    words = (
+        f"Bytes at {profile.precision}. Activation traffic is what a block's operators read and write; peak is the most"
+        " that is alive inside it. Click a head to sort."
+    )
+    return page.paragraph(escape(words), "note") + page.table(header, rows)
+
+
+def _counters(profile: Profile) -> str:
+    if not profile.counts:
+        return ""
+    base = {c.latent: c.macs for c in profile.counts if c.counter == OURS}
+    rows: list[list[Cell | str]] = []
+    for c in profile.counts:
+        ours = base[c.latent]
+        against = None if c.macs is None or not ours else c.macs / ours - 1
+        rows.append(
+            [
+                c.counter,
+                Cell(text=c.latent, sort=float(c.latent.partition("×")[0])),
+                Cell(text=f"{significant(c.macs / 1e9, 5)} G" if c.macs is not None else UNKNOWN, sort=c.macs or 0),
+                Cell(text=difference(against), sort=against or 0.0),
+                Cell(text=f"{c.params:,}" if c.params is not None else UNKNOWN, sort=c.params or 0),
+                c.leaves_out,
+            ]
+        )
+    words = (
+        "The same network by each tool's own rules. fvcore needs real tensors, so it runs only at the smaller latent,"
+        " where attention is a smaller part; compare counters at one latent."
+    )
+    return page.paragraph(escape(words), "note") + page.table(
+        ["counter", "latent", "MACs", "against nas", "parameters", "leaves out"], rows
+    )

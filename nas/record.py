@@ -1,0 +1,200 @@
+"""What a study writes for the stages after it: study.json, trials.csv, front.csv, blocks.csv.
+
+The report reads only these files; so does `nas train STUDY#CANDIDATE`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from nas import pareto
+from nas.errors import NasError, UsageError, unknown
+from nas.evaluate import Evaluation, Evaluator
+from nas.paths import atomic_write
+from nas.space import Candidate, SearchSpace, load_space
+
+SCHEMA = 1
+FILES = ("study.json", "trials.csv", "front.csv", "blocks.csv")
+# Worth nothing: a student that predicts no better than the preconditioner's skip path alone has 0 dB.
+QUALITY_FLOOR_DB = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One trial of a study as it is written down; state is proxied, infeasible, duplicate or failed."""
+
+    number: int
+    state: str
+    evaluation: Evaluation
+
+
+_COLUMNS = [f.name for f in fields(Evaluation) if f.name not in ("choices", "source", "reason")]
+
+
+def trials_frame(trials: Sequence[Trial], space: SearchSpace) -> pd.DataFrame:
+    """One row per trial; an inactive choice is empty."""
+    rows = []
+    for trial in trials:
+        values = asdict(trial.evaluation)
+        row = {"number": trial.number, "state": trial.state, "source": values["source"], "reason": values["reason"]}
+        row |= {name: values[name] for name in _COLUMNS}
+        row |= {f"choice.{c.name}": trial.evaluation.choices.get(c.name) for c in space.choices}
+        rows.append(row)
+    columns = ["number", "key", "state", "source", "reason", *_COLUMNS[1:], *(f"choice.{c.name}" for c in space.choices)]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def front(trials: Sequence[Trial]) -> list[Evaluation]:
+    """The feasible proxied trials that no other beats in both latency and quality, fastest first."""
+    good = [t.evaluation for t in trials if t.state == "proxied" and t.evaluation.feasible]
+    if not good:
+        return []
+    points = np.array([[e.latency_ms, -float(e.quality or 0.0)] for e in good])
+    kept = [e for e, keep in zip(good, pareto.non_dominated(points), strict=True) if keep]
+    return sorted(kept, key=lambda e: e.latency_ms)
+
+
+def hypervolumes(trials: Sequence[Trial], budget_ms: float) -> dict[str, Any]:
+    """Hypervolume (s x dB) after each proxied trial, against (budget, 0 dB): fixed, so studies can be compared."""
+    points: list[list[float]] = []
+    values = []
+    for trial in trials:
+        if trial.state != "proxied":
+            continue
+        if trial.evaluation.feasible:
+            points.append([trial.evaluation.latency_ms / 1000, -float(trial.evaluation.quality or 0.0)])
+        reference = np.array([budget_ms / 1000, -QUALITY_FLOOR_DB])
+        values.append(float(pareto.hypervolume(np.array(points).reshape(-1, 2), reference)))
+    return {"reference_point": {"latency_ms": budget_ms, "quality": QUALITY_FLOOR_DB}, "unit": "s·dB", "values": values}
+
+
+def recommend(members: Sequence[Evaluation]) -> dict[str, str] | None:
+    """The fastest front member whose quality cannot be told from the best one's, and why."""
+    if not members:
+        return None
+    best = max(members, key=lambda e: float(e.quality or 0.0))
+    # Two seed spreads: proxy gaps below that are ties (reference experiment: gaps under 4 % are not separable).
+    tie = 2.0 * max(float(best.quality_sd or 0.0), 0.05)
+    chosen = next(e for e in members if float(e.quality or 0.0) >= float(best.quality or 0.0) - tie)
+    if chosen.key == best.key:
+        why = f"the best proxy quality on the front, {best.quality:.2f} dB, and no faster point ties with it"
+    else:
+        why = (
+            f"the fastest whose quality, {chosen.quality:.2f} dB, is within {tie:.2f} dB (two seed spreads) of the best,"
+            f" {best.key} at {best.quality:.2f} dB"
+        )
+    return {"key": chosen.key, "why": f"{why}; {chosen.meets_budget_probability:.0%} likely within the budget"}
+
+
+def edges(evaluation: Evaluation | None, space: SearchSpace) -> list[dict[str, Any]]:
+    """Ordinal choices whose value stands at an end of its list: the space may be too small there."""
+    found: list[dict[str, Any]] = []
+    for choice in space.choices:
+        value = evaluation.choices.get(choice.name) if evaluation is not None else None
+        if not choice.ordinal or value is None or len(choice.values) < 2:
+            continue
+        if value in (choice.values[0], choice.values[-1]):
+            found.append({"choice": choice.name, "value": value, "at": "low" if value == choice.values[0] else "high"})
+    return found
+
+
+def blocks_frame(members: Sequence[Evaluation], evaluator: Evaluator) -> pd.DataFrame:
+    """Per block of every front member: cost, predicted milliseconds of one denoiser call, and its share."""
+    rows = []
+    for member in members:
+        candidate = evaluator.space.candidate(**dict(member.choices))
+        for priced, ms in evaluator.block_latencies(candidate):
+            rows.append(
+                {
+                    "key": member.key,
+                    "block": priced.spec.name,
+                    "kind": priced.spec.kind,
+                    "stage": ".".join(priced.spec.name.split(".")[:2]),
+                    "params": priced.cost.params,
+                    "macs": priced.cost.macs,
+                    "weight_bytes": priced.cost.weight_bytes,
+                    "step_ms": ms,
+                    "share": ms / member.step_ms,
+                }
+            )
+    columns = ["key", "block", "kind", "stage", "params", "macs", "weight_bytes", "step_ms", "share"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def write(folder: Path, study: Mapping[str, Any], frames: Mapping[str, pd.DataFrame]) -> None:
+    """Writes the study's files, each whole or not at all; study.json last, because it says the others are there."""
+    for name, frame in frames.items():
+        atomic_write(folder / name, frame.to_csv(index=False))
+    atomic_write(folder / "study.json", json.dumps(study, indent=1) + "\n")
+
+
+def find_study(name: str, root: str | Path = "reports") -> Path:
+    """The folder of a study: a path, or a name below `root`.
+
+    Raises:
+        UsageError: there is none of that name; the nearest is offered.
+    """
+    for folder in (Path(name), Path(root) / name):
+        if (folder / "study.json").is_file():
+            return folder
+    known = [p.parent.name for p in Path(root).glob("*/study.json")] if Path(root).is_dir() else []
+    raise unknown("study", name, known, where=f"{Path(root)}/", hint="nas search makes one")
+
+
+def read_study(folder: Path) -> dict[str, Any]:
+    """study.json of a study's folder.
+
+    Raises:
+        NasError: it is missing, not JSON, or of another schema.
+    """
+    path = folder / "study.json"
+    try:
+        data = json.loads(path.read_text())
+    except OSError as error:
+        raise NasError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise NasError(f"{path} is not valid JSON: {error}", hint="run the search again to write it anew") from error
+    if data.get("schema") != SCHEMA:
+        raise NasError(f"{path}: schema {data.get('schema')!r} is not the {SCHEMA} that this version reads")
+    return dict(data)
+
+
+def candidate_of(study: str, root: str | Path = "reports") -> tuple[Path, Candidate]:
+    """The candidate of "STUDY#KEY"; a key may be shortened while it stays unique, and "STUDY" alone is the recommended.
+
+    Raises:
+        UsageError: no such study or key.
+    """
+    name, _, key = study.partition("#")
+    folder = find_study(name, root)
+    data = read_study(folder)
+    frame = pd.read_csv(folder / "trials.csv", dtype={"key": str}, keep_default_na=False)
+    key = key or (data.get("recommended") or {}).get("key", "")
+    keys = sorted(set(frame["key"]))
+    matches = [k for k in keys if key and k.startswith(key)]
+    if len(matches) != 1:
+        known = list(pd.read_csv(folder / "front.csv", dtype={"key": str})["key"])
+        if len(matches) > 1:
+            raise UsageError(f"candidate {key!r} of {name} could be {', '.join(matches)}; give more of it")
+        raise unknown("candidate", key, known, where=f"the front of {folder}")
+    space = load_space(data.get("space_path") or data["space"])
+    row = frame[frame["key"] == matches[0]].iloc[0]
+    values = {c.name: _typed(c.values, row[f"choice.{c.name}"]) for c in space.choices if row[f"choice.{c.name}"] != ""}
+    if data.get("resolution_px"):
+        space = space.at_resolution(int(data["resolution_px"]))
+    return folder, space.candidate(**values)
+
+
+def _typed(values: Sequence[Any], text: Any) -> Any:
+    """The choice value that a CSV cell stands for."""
+    for value in values:
+        if str(value) == str(text) or (isinstance(value, int | float) and str(text) in (str(value), f"{float(value)}")):
+            return value
+    return text

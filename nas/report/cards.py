@@ -1,0 +1,207 @@
+"""What the page's numbers rest on: the cards of predictor and proxy, the study's record, the sources."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from nas import page
+from nas.page import Cell, escape
+from nas.page.numbers import duration, known, label, percent, plain, scaled
+from nas.report import data
+from nas.report.files import StudyFiles
+
+
+def predictor(files: StudyFiles) -> str:
+    """The predictor's card: how wrong it is, and what it has never seen."""
+    card = files.record["predictor"]
+    held = card.get("held_out") if isinstance(card.get("held_out"), dict) else {}
+    words = []
+    if held:
+        words.append(
+            f"Checked on {plain(held.get('rows'))} rows that each fit had not seen ({plain(held.get('method'))}), the"
+            f" prediction was off by {percent(held.get('mape'))} on average;"
+            f" {percent(held.get('within_10'))} were within 10 %."
+        )
+    if card.get("never_seen"):
+        words.append(
+            f"No row has operators of kind {plain(card['never_seen'])}; a network that has such operators is refused."
+        )
+    figures_of = [(_CARD.get(k, label(k.replace(".", ", "))), v) for k, v in _flat(card) if k not in ("never_seen",)]
+    rows = [(name, _card_value(name, value)) for name, value in figures_of]
+    coverage = held.get("coverage") if held else None
+    return (
+        page.paragraph(escape(" ".join(words)))
+        + page.facts(rows)
+        + (_coverage(coverage) if isinstance(coverage, dict) and coverage else "")
+    )
+
+
+_CARD = {
+    "rows": "rows of whole networks",
+    "held_out.mape": "mean error (MAPE)",
+    "held_out.within_5": "within 5 %",
+    "held_out.within_10": "within 10 %",
+    "held_out.spearman": "rank correlation (Spearman)",
+    "held_out.kendall": "rank correlation (Kendall)",
+    "held_out.worst.error": "worst error",
+    "held_out.worst.subject": "worst subject",
+    "held_out.worst.chip": "worst subject's chip",
+    "held_out.rows": "held-out rows",
+    "held_out.method": "held out",
+    "fitted_range_ms": "fitted between (ms)",
+    "noise_floor.mean_deviation": "noise floor, mean deviation of a session",
+    "noise_floor.subjects": "noise floor, repeated subjects",
+    "noise_floor.sessions": "noise floor, sessions",
+    "interval.method": "interval",
+    "interval.sd": "interval, spread of log errors",
+    "interval.networks": "interval, networks",
+}
+_FRACTIONS = (
+    "mean error (MAPE)",
+    "within 5 %",
+    "within 10 %",
+    "worst error",
+    "noise floor, mean deviation of a session",
+)
+
+
+def _card_value(name: str, value: Any) -> str:
+    return percent(float(value)) if name in _FRACTIONS and known(value) else plain(value)
+
+
+def _flat(card: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """A nested card as "outer.inner" names; coverage has a table of its own."""
+    for name, value in card.items():
+        if name == "coverage":
+            continue
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _coverage(coverage: Mapping[str, Any]) -> str:
+    rows: list[list[Cell | str]] = []
+    for name, row in coverage.items():
+        if isinstance(row, dict):
+            bound = "upper bound" if name.startswith("upper") else "interval"
+            nominal, measured = float(row["nominal"]), float(row["measured"])
+            rows.append(
+                [
+                    bound,
+                    Cell(text=percent(nominal), sort=nominal),
+                    Cell(text=percent(measured), sort=measured),
+                    Cell(text=plain(row["rows"]), sort=row["rows"]),
+                ]
+            )
+    if not rows:
+        return ""
+    return page.paragraph("How often the truth lay inside, on held-out rows:", "note") + page.table(
+        ["bound", "promised", "measured", "rows"], rows
+    )
+
+
+def proxy(files: StudyFiles) -> str:
+    """What quality means, what it cannot see, and how well it ranks."""
+    settings = dict(files.record["proxy"])
+    blind = [str(sentence) for sentence in settings.pop("cannot_see", [])]
+    body = page.paragraph(
+        "Quality is how well the candidate, scaled down, imitates the teacher after a short distillation: 10·log10 of"
+        " the target's variance over the squared error, in dB. Every candidate had the same data, order and noise."
+        " The text part is the same figure for the difference that the caption makes."
+    )
+    if blind:
+        body += page.paragraph("<b>What it cannot see</b>") + page.bullets(blind)
+    body += _fidelity(files.record.get("fidelity"))
+    return body + "<h3>Its settings</h3>" + page.facts((label(k), plain(v)) for k, v in _flat(settings))
+
+
+def _fidelity(card: Any) -> str:
+    """How well the proxy ranks against longer training; said plainly when nobody has measured that."""
+    heading = "<h3>Does it rank as longer training would?</h3>"
+    if not isinstance(card, dict) or not card:
+        return heading + page.paragraph(
+            "Not measured for these settings, so small differences should not be believed.", "warning"
+        )
+    tables = [(k, v) for k, v in card.items() if isinstance(v, list) and v and all(isinstance(row, dict) for row in v)]
+    texts = [v for k, v in card.items() if isinstance(v, str) and len(v) > 40]
+    rest = {k: v for k, v in card.items() if (k, v) not in tables and v not in texts}
+    body = heading + "".join(page.paragraph(escape(text)) for text in texts)
+    body += page.facts((label(k.replace(".", ", ")), plain(v)) for k, v in _flat(rest))
+    for name, rows in tables:
+        header = list(rows[0])
+        body += page.paragraph(escape(label(name)), "note") + page.table(
+            [label(h) for h in header], [[_any_cell(row.get(h)) for h in header] for row in rows]
+        )
+    return body
+
+
+def _any_cell(value: Any) -> Cell:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return Cell(text=plain(value), sort=value if number else None)
+
+
+def record(files: StudyFiles) -> str:
+    """How the study was made, and what it tells about the space."""
+    made = files.record
+    trials, share = made["trials"], made["infeasible"]["share_of_space"]
+    words = (
+        f"{percent(share)} of the space is over the budget"
+        + (
+            f" (from {plain(made['infeasible'].get('sampled'))} candidates drawn uniformly)"
+            if made["infeasible"].get("sampled")
+            else ""
+        )
+        + f". Of {trials['asked']} proposals {trials['proxied']} were scored, {trials['infeasible']} were over budget,"
+        f" {trials['duplicates']} repeated an earlier one and {trials['failed']} failed."
+    )
+    reasons = [f"{reason}: {count}" for reason, count in (made["infeasible"].get("reasons") or {}).items() if count]
+    edge = [
+        f"{label(str(e['choice']))} = {data.tidy(e['value'])} ({str(e['at']).removesuffix(' edge')} end)"
+        for e in made["edges"]
+    ]
+    body = page.paragraph(escape(words)) + page.bullets(reasons)
+    if edge:
+        body += page.paragraph(
+            f"The recommended point stands at the edge of the space in {escape(', '.join(edge))}: a larger space might"
+            " hold a better one.",
+            "warning",
+        )
+    else:
+        body += page.paragraph("The recommended point stands at no edge of the space's ordered choices.")
+    return body + page.command(str(made["command"])) + page.facts(_record_facts(made))
+
+
+def _record_facts(made: Mapping[str, Any]) -> list[tuple[str, object]]:
+    provenance = made["provenance"]
+    libraries = provenance.get("libraries") or {}
+    return [
+        ("study", made["name"]),
+        ("space", f"{made['space']}, version {made['space_hash']}"),
+        ("combinations in the space", scaled(made.get("space_size"))),
+        ("target", made["target"]),
+        ("teacher", plain(made.get("teacher"))),
+        ("seed", plain(made["seed"])),
+        ("workers", plain(made["jobs"])),
+        ("search time", duration(made["wall_s"])),
+        ("finished", plain(made["finished"])),
+        *(
+            (label(k), plain(provenance[k]))
+            for k in ("nas", "commit", "date", "python", "platform", "processor")
+            if k in provenance
+        ),
+        *((name, version) for name, version in libraries.items()),
+    ]
+
+
+def sources(files: StudyFiles) -> list[str]:
+    """Where the figures come from, each once."""
+    made = files.record
+    found = [
+        *made.get("sources", []),
+        *(f"{part['name']}: {part['source']}" for part in made["pipeline"]["parts"] if part.get("source")),
+        *([f"pipeline: {made['pipeline']['source']}"] if made["pipeline"].get("source") else []),
+        *(f"{r['name']}: {r.get('published_source') or r.get('source')}" for r in made["references"]),
+    ]
+    return list(dict.fromkeys(str(s) for s in found))

@@ -1,0 +1,257 @@
+"""The embedded teacher: a small text transformer and a rectified-flow UNet of this project's own blocks.
+
+Legend: B batch, C channels, H W height and width in pixels, T text tokens, D text width.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from nas.build import build
+from nas.diffusion import FlowDenoiser, Preconditioner
+from nas.errors import NasError
+from nas.network import BlockSpec, InputShape, NetworkSpec, block
+from nas.paths import atomic_write
+
+FORMAT = "nas-teacher-1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSettings:
+    """Everything but the weights.
+
+    Attributes:
+        vocabulary: number of token ids.
+        null_tokens: token ids [T] of no caption.
+        text_width: D.
+        text_layers: layers of the text transformer.
+        text_heads: its attention heads.
+        image_channels: C of an image.
+        image_size: its H and W in pixels.
+        patch: side of the square of pixels folded into channels before the UNet.
+        widths: channels of the UNet's two stages; the second has half the first's height and width.
+        head_width: width of an attention head in the UNet.
+        norm_groups: groups of its GroupNorms.
+        mean: per image channel, the mean that the preconditioner assumes.
+        sd: the standard deviation that it assumes.
+    """
+
+    vocabulary: int
+    null_tokens: tuple[int, ...]
+    text_width: int = 64
+    text_layers: int = 2
+    text_heads: int = 4
+    image_channels: int = 3
+    image_size: int = 32
+    patch: int = 4
+    widths: tuple[int, int] = (48, 96)
+    head_width: int = 16
+    norm_groups: int = 8
+    mean: tuple[float, ...]
+    sd: float = 0.35
+
+    @property
+    def folded(self) -> tuple[int, int, int]:
+        """(C p^2, H / p, W / p): what the UNet sees of an image."""
+        side = self.image_size // self.patch
+        return (self.image_channels * self.patch**2, side, side)
+
+
+def network_spec(settings: TeacherSettings) -> NetworkSpec:
+    """The teacher's UNet: two stages, cross-attention in both, self-attention at the lower."""
+    channels, side, _ = settings.folded
+    shape = InputShape(
+        channels=channels,
+        height=side,
+        width=side,
+        text_tokens=len(settings.null_tokens),
+        text_width=settings.text_width,
+    )
+    wide, deep = settings.widths
+    high, low = (side, side), (side // 2, side // 2)
+    blocks = (
+        block("conv_in", "stem", {"x": (channels, *high)}, in_channels=channels, out_channels=wide),
+        block("time_embedding", "time_embedding", {"timestep": ()}, frequency_width=wide, time_width=4 * wide),
+        _resnet(settings, "down_blocks.0.resnets.0", wide, wide, high),
+        _transformer(settings, "down_blocks.0.attentions.0", wide, high),
+        block("down_blocks.0.downsamplers.0", "downsample", {"x": (wide, *high)}, channels=wide),
+        _resnet(settings, "down_blocks.1.resnets.0", wide, deep, low),
+        _transformer(settings, "down_blocks.1.attentions.0", deep, low),
+        _resnet(settings, "mid_block.resnets.0", deep, deep, low),
+        _resnet(settings, "up_blocks.0.resnets.0", deep, deep, low, skip="down_blocks.1.attentions.0"),
+        _transformer(settings, "up_blocks.0.attentions.0", deep, low),
+        block("up_blocks.0.upsamplers.0", "upsample", {"x": (deep, *low)}, channels=deep),
+        _resnet(settings, "up_blocks.1.resnets.0", deep, wide, high, skip="down_blocks.0.attentions.0"),
+        _transformer(settings, "up_blocks.1.attentions.0", wide, high),
+        block(
+            "head",
+            "head",
+            {"x": (wide, *high)},
+            in_channels=wide,
+            out_channels=channels,
+            norm_groups=settings.norm_groups,
+        ),
+    )
+    return NetworkSpec(name="teacher-shapes", input=shape, blocks=blocks)
+
+
+def _resnet(
+    settings: TeacherSettings, name: str, channels: int, out: int, size: tuple[int, int], skip: str | None = None
+) -> BlockSpec:
+    inputs: dict[str, tuple[int, ...]] = {"x": (channels, *size)}
+    if skip is not None:
+        inputs["skip"] = (out, *size)
+    inputs["temb"] = (4 * settings.widths[0],)
+    return block(
+        name,
+        "resnet",
+        inputs,
+        skip=skip,
+        in_channels=channels + (out if skip is not None else 0),
+        out_channels=out,
+        time_width=4 * settings.widths[0],
+        norm_groups=settings.norm_groups,
+    )
+
+
+def _transformer(settings: TeacherSettings, name: str, channels: int, size: tuple[int, int]) -> BlockSpec:
+    return block(
+        name,
+        "transformer",
+        {"x": (channels, *size), "text": (len(settings.null_tokens), settings.text_width)},
+        channels=channels,
+        depth=1,
+        head_width=settings.head_width,
+        kv_heads=channels // settings.head_width,
+        text_width=settings.text_width,
+        self_attention=channels == settings.widths[1],
+        cross_attention=True,
+        qk_norm="none",
+        ffn_ratio=2,
+        norm_groups=settings.norm_groups,
+    )
+
+
+class TextEncoder(nn.Module):
+    """Token ids [B, T] to text [B, T, D]: embeddings, learnt positions, pre-norm transformer layers, LayerNorm."""
+
+    def __init__(self, settings: TeacherSettings) -> None:
+        super().__init__()
+        width = settings.text_width
+        self.words = nn.Embedding(settings.vocabulary, width)
+        self.positions = nn.Parameter(0.02 * torch.randn(len(settings.null_tokens), width))
+        layer = nn.TransformerEncoderLayer(
+            width, settings.text_heads, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, settings.text_layers, enable_nested_tensor=False)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Text [B, T, D] of token ids [B, T]."""
+        return self.norm(self.layers(self.words(tokens) + self.positions))
+
+
+class Positioned(nn.Module):
+    """A network that also sees where each folded pixel lies: a learnt field is added to its input.
+
+    Students do without: the zeros around their convolutions show them the border, and on an 8x8 grid a few 3x3
+    convolutions carry that to every place.
+    """
+
+    def __init__(self, network: nn.Module, shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.network = network
+        self.field = nn.Parameter(0.02 * torch.randn(shape))
+
+    def forward(self, sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        """As the network's own, sample [B, C p^2, H / p, W / p]."""
+        predicted: Tensor = self.network(sample + self.field, timestep, text)
+        return predicted
+
+
+class EmbeddedTeacher(nn.Module):
+    """A text encoder and a denoiser that were trained together."""
+
+    def __init__(self, settings: TeacherSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.preconditioner = Preconditioner(mean=settings.mean, sd=settings.sd)
+        self.encoder = TextEncoder(settings)
+        network = Positioned(build(network_spec(settings)), settings.folded)
+        self.denoiser = FlowDenoiser(network, self.preconditioner, patch=settings.patch)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        return (self.settings.image_channels, self.settings.image_size, self.settings.image_size)
+
+    @property
+    def text_shape(self) -> tuple[int, int]:
+        """(T, D)."""
+        return (len(self.settings.null_tokens), self.settings.text_width)
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """Text [B, T, D] of a task's token ids [B, T]."""
+        text: Tensor = self.encoder(tokens.to(self.encoder.positions.device))
+        return text
+
+    def null_text(self, count: int = 1) -> Tensor:
+        """Text [count, T, D] of no caption."""
+        return self.encode(torch.tensor([self.settings.null_tokens])).expand(count, -1, -1)
+
+    def velocity(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """The velocity eps - x0 [B, C, H, W] expected at x [B, C, H, W], t [B] in [0, 1], text [B, T, D]."""
+        return self.denoiser.velocity(x, t, text)
+
+    def denoise(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """The clean image x0 [B, C, H, W] expected at x [B, C, H, W], t [B] in [0, 1], text [B, T, D]."""
+        return self.denoiser.denoise(x, t, text)
+
+    def forward(self, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
+        """The velocity from token ids [B, T]: what training fits, through the text encoder too."""
+        return self.velocity(x, t, self.encode(tokens))
+
+
+def save_teacher(path: Path, teacher: EmbeddedTeacher, *, dtype: torch.dtype = torch.float32) -> Path:
+    """Writes weights (as `dtype`) and settings into one safetensors file."""
+    state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in teacher.state_dict().items()}
+    metadata = {"format": FORMAT, "settings": json.dumps(asdict(teacher.settings), sort_keys=True)}
+    return atomic_write(path, save(state, metadata))
+
+
+def load_embedded(path: Path) -> EmbeddedTeacher:
+    """The teacher in `path`, float32, frozen and in eval mode.
+
+    Raises:
+        NasError: the file is missing, is no safetensors file, or holds no teacher of this format.
+    """
+    hint = "train one with: python benchmarks/train_teacher.py --out FOLDER"
+    if not path.is_file():
+        raise NasError(f"the teacher file {path} does not exist", hint=hint)
+    try:
+        with safe_open(path, framework="pt") as stream:
+            metadata = stream.metadata() or {}
+            state = {name: stream.get_tensor(name).float() for name in stream.keys()}  # noqa: SIM118 (not iterable)
+    except (SafetensorError, OSError) as error:
+        raise NasError(f"the teacher file {path} is not a readable safetensors file: {error}", hint=hint) from error
+    if metadata.get("format") != FORMAT:
+        raise NasError(
+            f"{path} is not a teacher of this project: its metadata has format {metadata.get('format')!r},"
+            f" {FORMAT!r} is needed",
+            hint=hint,
+        )
+    plain = json.loads(metadata["settings"])
+    lists = {name: tuple(value) for name, value in plain.items() if isinstance(value, list)}
+    teacher = EmbeddedTeacher(TeacherSettings(**plain | lists))
+    try:
+        teacher.load_state_dict(state)
+    except RuntimeError as error:
+        raise NasError(f"the weights in {path} do not fit its settings: {error}", hint=hint) from error
+    return teacher.requires_grad_(False).eval()

@@ -1,0 +1,35 @@
+"""What every test gets: one thread, and a cache of its own that the whole session shares."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before torch or numpy is imported: tests run beside each other, and results must not depend on the machine's cores.
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[_name] = "1"
+# Nothing here may reach a model hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Traces and teacher targets are made once per session and never mixed with the user's."""
+    before = os.environ.get("NAS_CACHE")
+    os.environ["NAS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if before is None:
+        del os.environ["NAS_CACHE"]
+    else:
+        os.environ["NAS_CACHE"] = before
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout."""
+    return ROOT

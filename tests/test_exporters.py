@@ -1,0 +1,163 @@
+"""Exporters: every one keeps the contract; ONNX files compute what the module computes."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nas import registry
+from nas.build import build_block
+from nas.errors import NasError, UsageError
+from nas.exporters import in_forward_order, onnx
+from nas.network import BlockSpec, block
+
+NAMES = registry.plugins("nas.exporters")
+
+
+class Mix(nn.Module):
+    """Two inputs whose roles differ, and a dropout that tells training mode from eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor, shift: Tensor, gate: Tensor | None = None) -> Tensor:
+        y = self.drop(self.linear(x)) + 2 * shift
+        return y if gate is None else y * gate
+
+
+class Inverse(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.inv(x)
+
+
+@pytest.fixture
+def mix() -> Mix:
+    torch.manual_seed(0)
+    return Mix()
+
+
+@pytest.fixture
+def inputs() -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    return {"gate": torch.randn(1, 2), "shift": torch.randn(1, 2), "x": torch.randn(1, 3)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_contract(name: str) -> None:
+    plugin = registry.load("nas.exporters", name)
+    assert list(inspect.signature(plugin.export).parameters)[:3] == ["module", "inputs", "path"]
+    reason = plugin.unavailable()
+    assert reason is None or isinstance(reason, str)
+
+
+def test_inputs_are_put_in_the_order_of_forward(mix: Mix, inputs: dict[str, Tensor]) -> None:
+    assert list(in_forward_order(mix, inputs)) == ["x", "shift", "gate"]
+    del inputs["gate"]
+    assert list(in_forward_order(mix, inputs)) == ["x", "shift"]
+
+
+@pytest.mark.parametrize(("drop", "add", "named"), [("x", None, "x"), (None, "text", "text")])
+def test_wrong_inputs_are_named(
+    mix: Mix, inputs: dict[str, Tensor], drop: str | None, add: str | None, named: str
+) -> None:
+    inputs = {key: value for key, value in inputs.items() if key != drop}
+    if add:
+        inputs[add] = torch.zeros(1)
+    with pytest.raises(UsageError, match=rf"missing or not known: {named}\)"):
+        in_forward_order(mix, inputs)
+
+
+def test_onnx_computes_the_same_and_keeps_the_mode(mix: Mix, inputs: dict[str, Tensor], tmp_path: Path) -> None:
+    mix.train()
+    path = onnx.export(mix, inputs, tmp_path / "deep" / "mix.onnx")
+    assert mix.training
+    assert onnx.verify(path, mix, inputs) < 1e-6
+    assert mix.training
+    other = {name: tensor + 1.0 for name, tensor in inputs.items()}
+    assert onnx.verify(path, mix, other) < 1e-6
+
+
+def test_verify_sees_another_weight(mix: Mix, inputs: dict[str, Tensor], tmp_path: Path) -> None:
+    path = onnx.export(mix, inputs, tmp_path / "mix.onnx")
+    with torch.no_grad():
+        mix.linear.bias += 0.25
+    expected = float((0.25 * inputs["gate"]).abs().max())
+    assert onnx.verify(path, mix, inputs) == pytest.approx(expected, rel=1e-3)
+
+
+def test_large_weights_go_beside_the_file(
+    mix: Mix, inputs: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mix.linear = nn.Linear(3, 2000)
+    inputs = {"x": inputs["x"], "shift": torch.zeros(1, 2000)}
+    monkeypatch.setattr(onnx, "_INLINE_BYTES", 1000)
+    path = onnx.export(mix, inputs, tmp_path / "mix.onnx")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mix.onnx", "mix.onnx.data"]
+    assert path.stat().st_size < 8000 < (tmp_path / "mix.onnx.data").stat().st_size
+    assert onnx.verify(path, mix, inputs) < 1e-6
+
+
+def test_an_operator_without_onnx_form_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(NasError, match="Inverse cannot be written as ONNX") as caught:
+        onnx.export(Inverse(), {"x": torch.eye(3)[None]}, tmp_path / "i.onnx")
+    assert "\n" not in caught.value.message
+
+
+def _specs() -> list[BlockSpec]:
+    size = {"x": (32, 8, 8)}
+    temb = {"temb": (24,)}
+    common = {"time_width": 24, "norm_groups": 8}
+    attention = {
+        "channels": 32,
+        "depth": 2,
+        "head_width": 8,
+        "text_width": 12,
+        "self_attention": True,
+        "cross_attention": True,
+        "ffn_ratio": 2,
+        "norm_groups": 8,
+    }
+    text = {"text": (5, 12)}
+    return [
+        block("stem", "stem", {"x": (4, 8, 8)}, in_channels=4, out_channels=32),
+        block("head", "head", size, in_channels=32, out_channels=4, norm_groups=8),
+        block("time", "time_embedding", {"timestep": ()}, frequency_width=32, time_width=24),
+        block("down", "downsample", size, channels=32),
+        block("up", "upsample", size, channels=32),
+        block("res", "resnet", {**size, "skip": (16, 8, 8), **temb}, in_channels=48, out_channels=32, **common),
+        block("sep", "separable", {**size, **temb}, in_channels=32, out_channels=32, expansion=2, **common),
+        block("mqa", "transformer", {**size, **text}, kv_heads=1, qk_norm="rms_norm", **attention),
+        block("gqa", "transformer", {**size, **text}, kv_heads=2, qk_norm="none", **attention),
+    ]
+
+
+def test_every_block_kind_is_among_the_specs() -> None:
+    assert {spec.kind for spec in _specs()} == set(registry.plugins("nas.blocks"))
+
+
+@pytest.mark.parametrize("spec", _specs(), ids=lambda spec: spec.name)
+def test_every_block_kind_exports_to_onnx(spec: BlockSpec, tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    module = build_block(spec)
+    inputs = {name: torch.randn(1, *shape) for name, shape in spec.inputs}
+    path = onnx.export(module, inputs, tmp_path / "block.onnx")
+    assert onnx.verify(path, module, inputs) < 2e-5
+
+
+def test_tvm_library_needs_a_known_ending(mix: Mix, inputs: dict[str, Tensor], tmp_path: Path) -> None:
+    tvm = registry.load("nas.exporters", "tvm")
+    with pytest.raises(UsageError, match=r"\.tar or \.so, got 'mix\.onnx'"):
+        tvm.export(mix, inputs, tmp_path / "mix.onnx")
+
+
+@pytest.mark.slow
+def test_tvm_writes_a_library(mix: Mix, inputs: dict[str, Tensor], tmp_path: Path) -> None:
+    tvm = registry.load("nas.exporters", "tvm")
+    path = tvm.export(mix, inputs, tmp_path / "mix.tar")
+    assert path.stat().st_size > 1000

@@ -1,0 +1,360 @@
+"""The UNet family: wiring, positions, scale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nas import registry
+from nas.errors import NasError, UsageError
+from nas.families import network, positions
+from nas.families.unet import Scale, kv_heads, scaled
+from nas.network import BlockSpec, NetworkSpec
+from nas.space import Candidate, SearchSpace, load_space
+
+SCALE = Scale(
+    width_divisor=8, head_width=8, norm_groups=4, latent_channels=12, height=16, width=8, text_tokens=10, text_width=24
+)
+
+
+@pytest.fixture(scope="module")
+def space() -> SearchSpace:
+    return load_space("snapgen_unet")
+
+
+@pytest.fixture(scope="module")
+def candidates(space: SearchSpace) -> list[Candidate]:
+    return [space.from_row(row) for row in space.sample(200, seed=0)]
+
+
+@pytest.fixture(scope="module")
+def snapgen(space: SearchSpace) -> NetworkSpec:
+    return network(space.reference("snapgen"))
+
+
+def _walk(spec: NetworkSpec) -> None:
+    """Runs the shapes through the blocks, as a forward would, and checks every input against what is there."""
+    shape = spec.input
+    x: tuple[int, ...] = (shape.channels, shape.height, shape.width)
+    temb: tuple[int, ...] | None = None
+    outputs: dict[str, tuple[int, ...]] = {}
+    for block in spec.blocks:
+        got = dict(block.inputs)
+        if block.kind == "time_embedding":
+            assert got == {"timestep": ()}
+            temb = (int(block.setting("time_width")),)
+            continue
+        expected = {"x": x}
+        if block.kind in ("resnet", "separable"):
+            if block.skip is not None:
+                expected["skip"] = outputs[block.skip]
+            assert temb is not None
+            expected["temb"] = temb
+            assert block.setting("in_channels") == x[0] + (outputs[block.skip][0] if block.skip else 0)
+            assert block.setting("time_width") == temb[0]
+            x = (int(block.setting("out_channels")), *x[1:])
+        elif block.kind == "transformer":
+            expected["text"] = (shape.text_tokens, shape.text_width)
+            assert block.setting("channels") == x[0]
+            assert block.setting("text_width") == shape.text_width
+        elif block.kind == "downsample":
+            assert block.setting("channels") == x[0]
+            assert x[1] % 2 == x[2] % 2 == 0
+            x = (x[0], x[1] // 2, x[2] // 2)
+        elif block.kind == "upsample":
+            assert block.setting("channels") == x[0]
+            x = (x[0], 2 * x[1], 2 * x[2])
+        else:
+            assert block.kind in ("stem", "head")
+            assert block.setting("in_channels") == x[0]
+            x = (int(block.setting("out_channels")), *x[1:])
+        assert got == expected, block.name
+        outputs[block.name] = x
+    assert x == (shape.channels, shape.height, shape.width)
+
+
+def _unit_outputs(spec: NetworkSpec) -> list[str]:
+    """What the down path leaves for the up path, oldest first: stem, the last block of each unit, downsamplers."""
+    kept: list[str] = []
+    for block in spec.blocks:
+        if block.name.startswith("mid_block"):
+            break
+        if block.kind == "transformer":
+            kept[-1] = block.name
+        elif block.kind != "time_embedding":
+            kept.append(block.name)
+    return kept
+
+
+def test_the_published_network_block_by_block(snapgen: NetworkSpec):
+    def unit(path: str, number: int, attends: bool = True) -> list[str]:
+        return [f"{path}.resnets.{number}"] + ([f"{path}.attentions.{number}"] if attends else [])
+
+    expected = ["conv_in", "time_embedding"]
+    for stage in range(3):
+        expected += unit(f"down_blocks.{stage}", 0) + unit(f"down_blocks.{stage}", 1)
+        expected += [f"down_blocks.{stage}.downsamplers.0"] if stage < 2 else []
+    expected += ["mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1"]
+    for index in range(3):
+        expected += [name for number in range(3) for name in unit(f"up_blocks.{index}", number, attends=index < 2)]
+        expected += [f"up_blocks.{index}.upsamplers.0"] if index < 2 else []
+    assert [block.name for block in snapgen.blocks] == [*expected, "head"]
+
+
+def test_the_published_networks_widths_and_transformers(snapgen: NetworkSpec):
+    blocks = {block.name: block for block in snapgen.blocks}
+    assert (snapgen.input.channels, snapgen.input.height, snapgen.input.text_width) == (4, 128, 2304)
+    assert blocks["conv_in"].settings == (("in_channels", 4), ("out_channels", 256))
+    assert blocks["time_embedding"].settings == (("frequency_width", 256), ("time_width", 1024))
+    assert blocks["up_blocks.1.resnets.0"] == BlockSpec(
+        name="up_blocks.1.resnets.0",
+        kind="separable",
+        settings=(
+            ("expansion", 2),
+            ("in_channels", 896 + 512),
+            ("norm_groups", 32),
+            ("out_channels", 512),
+            ("time_width", 1024),
+        ),
+        inputs=(("x", (896, 64, 64)), ("skip", (512, 64, 64)), ("temb", (1024,))),
+        skip="down_blocks.1.attentions.1",
+    )
+    transformers = [b for b in snapgen.blocks if b.kind == "transformer"]
+    assert sum(int(b.setting("depth")) for b in transformers) == 36
+    assert {b.setting("kv_heads") for b in transformers} == {1}
+    assert {b.setting("ffn_ratio") for b in transformers} == {3}
+    assert {b.setting("qk_norm") for b in transformers} == {"rms_norm"}
+    own = {b.name.rsplit(".", 2)[0] for b in transformers if b.setting("self_attention")}
+    assert own == {"down_blocks.2", "mid_block", "up_blocks.0"}
+
+
+def test_shapes_and_skips_fit_in_random_networks(candidates: list[Candidate]):
+    for candidate in candidates:
+        _walk(network(candidate))
+
+
+def test_skips_are_taken_last_first_each_once(candidates: list[Candidate]):
+    for candidate in candidates:
+        spec = network(candidate)
+        assert [b.skip for b in spec.blocks if b.skip is not None] == _unit_outputs(spec)[::-1]
+
+
+def test_every_choice_reaches_the_network(space: SearchSpace, candidates: list[Candidate]):
+    reference = dict(space.reference("snapgen").choices)
+    key = network(space.candidate(**reference)).key
+    for choice in space.choices:
+        for value in choice.values:
+            if value == reference[choice.name]:
+                continue
+            changed = {**reference, choice.name: value}
+            if (changed["depth_0"], changed["up_depth_0"]) == (0, 1):
+                continue
+            assert network(space.candidate(**changed)).key != key, (choice.name, value)
+    assert len({network(candidate).key for candidate in candidates}) == len(candidates)
+
+
+def test_blocks_follow_their_choices(candidates: list[Candidate]):
+    for candidate in candidates:
+        values, blocks = candidate.values, network(candidate).blocks
+        for stage in range(3):
+            for path, units in ((f"down_blocks.{stage}.", 0), (f"up_blocks.{2 - stage}.", 1)):
+                mine = [b for b in blocks if b.name.startswith(path)]
+                residual = [b for b in mine if b.kind in ("resnet", "separable")]
+                attending = [b for b in mine if b.kind == "transformer"]
+                depth = values["up_depth_0" if path == "up_blocks.2." else f"depth_{stage}"]
+                assert len(residual) == int(values[f"resnets_{stage}"]) + units
+                assert len(attending) == (len(residual) if depth else 0)
+                conv = str(values[f"conv_{stage}"])
+                assert {b.kind for b in residual} == {"resnet" if conv == "full" else "separable"}
+                if conv != "full":
+                    assert {b.setting("expansion") for b in residual} == {int(conv[-1])}
+                assert {b.setting("out_channels") for b in residual} == {values[f"width_{stage}"]}
+                assert {b.setting("depth") for b in attending} <= {depth}
+                own = values.get(f"self_attention_{stage}", False)
+                assert {b.setting("self_attention") for b in attending} <= {own}
+
+
+def test_a_network_is_the_concatenation_of_its_positions(space: SearchSpace, candidates: list[Candidate]):
+    places = positions(space)
+    assert len({place.name for place in places}) == len(places)
+    for candidate in candidates[:50]:
+        blocks: list[BlockSpec] = []
+        for place in places:
+            blocks += place.blocks({name: candidate.values[name] for name in place.depends})
+        spec = network(candidate)
+        assert tuple(blocks) == spec.blocks
+        assert spec.name == str(candidate)
+
+
+def test_positions_depend_on_few_choices_so_that_pricing_is_a_look_up(space: SearchSpace):
+    for place in positions(space):
+        assert set(place.depends) <= set(space.column)
+        combinations = 1
+        for name in place.depends:
+            combinations *= len(space.choice(name).values)
+        assert combinations <= 3000, (place.name, combinations)
+
+
+@pytest.mark.parametrize(
+    ("heads", "attention", "expected"),
+    [
+        (14, "mha", 14),
+        (14, "mqa", 1),
+        (14, "gqa", 7),
+        (8, "gqa", 4),
+        (9, "gqa", 3),
+        (5, "gqa", 1),
+        (1, "gqa", 1),
+        (2, "gqa", 1),
+    ],
+)
+def test_kv_heads(heads: int, attention: str, expected: int):
+    assert kv_heads(heads, attention) == expected
+
+
+def test_kv_heads_refuses_another_word():
+    with pytest.raises(UsageError, match="attention must be mha, gqa or mqa, got 'mla'"):
+        kv_heads(8, "mla")
+
+
+def test_kv_heads_divide_the_query_heads(candidates: list[Candidate]):
+    for candidate in candidates:
+        for block in network(candidate).blocks:
+            if block.kind == "transformer":
+                heads = int(block.setting("channels")) // int(block.setting("head_width"))
+                assert heads % int(block.setting("kv_heads")) == 0
+                assert (block.setting("kv_heads") == heads) == (candidate.values["attention"] == "mha" or heads == 1)
+
+
+def test_scaled_keeps_structure_and_fits_its_own_shapes(candidates: list[Candidate]):
+    widths = ("in_channels", "out_channels", "channels", "time_width", "frequency_width")
+    for candidate in candidates:
+        full, small = network(candidate), scaled(candidate, SCALE)
+        _walk(small)
+        assert (small.input.channels, small.input.height, small.input.width) == (12, 16, 8)
+        assert (small.input.text_tokens, small.input.text_width) == (10, 24)
+        assert [(b.name, b.kind, b.skip) for b in small.blocks] == [(b.name, b.kind, b.skip) for b in full.blocks]
+        for large, little in zip(full.blocks, small.blocks, strict=True):
+            for name, value in large.settings:
+                if name in widths and (large.kind, name) not in (("stem", "in_channels"), ("head", "out_channels")):
+                    assert int(little.setting(name)) * 8 == value
+                elif name in ("depth", "kv_heads", "self_attention", "qk_norm", "ffn_ratio", "expansion"):
+                    assert little.setting(name) == value
+                elif name == "norm_groups":
+                    assert little.setting(name) == 4
+
+
+def test_scaled_by_one_is_the_network_itself(space: SearchSpace, candidates: list[Candidate]):
+    same = Scale(
+        width_divisor=1,
+        head_width=64,
+        norm_groups=32,
+        latent_channels=4,
+        height=128,
+        width=128,
+        text_tokens=77,
+        text_width=2304,
+    )
+    for candidate in candidates[:20]:
+        assert scaled(candidate, same).blocks == network(candidate).blocks
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"height": 18}, "a 18x8 latent cannot be halved 2 times"),
+        ({"width": 2}, "a 16x2 latent cannot be halved 2 times"),
+        ({"width_divisor": 3}, "width 256 divided by 3"),
+        ({"width_divisor": 64}, "width 256 divided by 64 must be a multiple of the head width 8 and of 4 norm groups"),
+        ({"norm_groups": 5}, "of 5 norm groups"),
+        ({"head_width": 12}, "head width 12"),
+    ],
+)
+def test_scaled_refuses_what_does_not_divide(space: SearchSpace, change: dict[str, int], words: str):
+    with pytest.raises(NasError, match=words):
+        scaled(space.reference("snapgen"), replace(SCALE, **change))
+
+
+def _other(space: SearchSpace, folder: Path, edit: Callable[[str], str]) -> SearchSpace:
+    path = folder / "other.toml"
+    path.write_text(edit(space.path.read_text().partition("[[reference]]")[0]))
+    return load_space(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('family = "unet"', 'family = "unett"', "unknown family 'unett'; did you mean 'unet'"),
+        ("stages = 3", "", "needs 'stages' in .fixed. as a whole number above 0, got None"),
+        ("stages = 3", 'stages = "three"', "needs 'stages' in .fixed. as a whole number above 0, got 'three'"),
+        ("norm_groups = 32", "norm_groups = true", "needs 'norm_groups' .* got True"),
+        ("ffn_ratio = [2, 3, 4]", "", "family unet needs 'ffn_ratio' in .choices. or .fixed. of space other"),
+        ("self_attention_0 = false ", "", "family unet needs 'self_attention_0'"),
+        ('conv_0 = ["full", ', 'conv_0 = ["fulll", ', "conv_0 must be full, separable-1 or separable-2, got 'fulll'"),
+        ('conv_0 = ["full", ', 'conv_0 = ["separable-3", ', "conv_0 must be .* got 'separable-3'"),
+        ("width_0 = [128", "width_0 = [100", "width 100 divided by 1 must be a multiple of the head width 64"),
+        ("latent_height = 128", "latent_height = 126", "a 126x128 latent cannot be halved 2 times, as 3 stages need"),
+    ],
+)
+def test_a_space_that_the_family_cannot_build_is_one_sentence(
+    space: SearchSpace, tmp_path: Path, old: str, new: str, words: str
+):
+    with pytest.raises(NasError, match=words):
+        network(_first(_other(space, tmp_path, lambda text: text.replace(old, new))))
+
+
+def _first(space: SearchSpace) -> Candidate:
+    return space.from_row(space.canonical(space.sample(1, seed=0) * 0)[0])
+
+
+def test_fractional_settings_reach_the_block_unrounded(space: SearchSpace, tmp_path: Path):
+    other = _other(space, tmp_path, lambda text: text.replace("ffn_ratio = [2, 3, 4]", "ffn_ratio = [2.5, 3]"))
+    assert {b.setting("ffn_ratio") for b in network(_first(other)).blocks if b.kind == "transformer"} == {2.5}
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_fewer_stages_fit_too(space: SearchSpace, tmp_path: Path, stages: int):
+    other = _other(space, tmp_path, lambda text: text.replace("stages = 3", f"stages = {stages}"))
+    for row in other.sample(20, seed=0):
+        candidate = other.from_row(row)
+        spec = network(candidate)
+        _walk(spec)
+        _walk(scaled(candidate, replace(SCALE, height=2, width=2)))
+        assert [b.skip for b in spec.blocks if b.skip is not None] == _unit_outputs(spec)[::-1]
+        assert sum(b.kind == "downsample" for b in spec.blocks) == stages - 1
+
+
+def test_up_depth_defaults_to_the_down_paths(space: SearchSpace, candidates: list[Candidate]):
+    for candidate in candidates[:20]:
+        blocks = {b.name: b for b in network(candidate).blocks}
+        assert blocks["up_blocks.0.attentions.0"].setting("depth") == candidate.values["depth_2"]
+
+
+def test_a_settings_choice_may_be_fixed_instead(space: SearchSpace, tmp_path: Path, snapgen: NetworkSpec):
+    reference = space.reference("snapgen").values
+    names = [n for n in reference if n != "qk_norm"]
+
+    def fix(text: str) -> str:
+        lines = [line for line in text.splitlines() if line.split(" = ")[0] not in names]
+        at = lines.index("[fixed]") + 1
+        fixed = [
+            f"{name} = {str(reference[name]).lower() if isinstance(reference[name], bool) else repr(reference[name])}"
+            for name in names
+        ]
+        return (
+            "\n".join(lines[:at] + fixed + lines[at:]).partition("[[rules]]")[0]
+            + "[pipeline]"
+            + text.partition("[pipeline]")[2]
+        )
+
+    other = _other(space, tmp_path, fix)
+    assert [c.name for c in other.choices] == ["qk_norm"]
+    assert network(other.candidate(qk_norm="rms_norm")).key == snapgen.key
+
+
+@pytest.mark.parametrize("family", registry.plugins("nas.families"))
+def test_every_family_offers_positions(family: str):
+    assert callable(registry.load("nas.families", family).positions)

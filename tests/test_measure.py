@@ -1,0 +1,475 @@
+"""Measuring: the timing loop against a clock of our own, sessions of scripted subjects, and the choice of subjects."""
+
+from __future__ import annotations
+
+import gc
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nas import families, measure, tables
+from nas.backends import Loaded
+from nas.device import DeviceSheet, Target, find_target, load_sheet
+from nas.errors import NasError, UsageError
+from nas.measure import sampling
+from nas.measure import subjects as subjects_module
+from nas.measure.session import Session, pick_anchors
+from nas.measure.subjects import Subject
+from nas.measure.timing import Clocks, Protocol, Samples, describe, statistic_for, time_group
+from nas.space import SearchSpace, load_space
+
+SPACE: SearchSpace = load_space("snapgen_unet")
+QUICK = Protocol(repeats=7, least_sample_ms=1.0, round_ms=1.0, most_per_round=1, group=2, separation_s=0.0)
+
+
+class World:
+    """A machine whose time passes only when a subject runs: wall and CPU time are scripted per call."""
+
+    def __init__(self) -> None:
+        self.wall = self.cpu = 0.0
+        self.calls: list[str] = []
+
+    @property
+    def clocks(self) -> Clocks:
+        return Clocks(wall=lambda: self.wall, cpu=lambda: self.cpu)
+
+    def subject(self, name: str, cpu_ms: Callable[[int], float], waiting: float = 1.0) -> Callable[[], None]:
+        def run() -> None:
+            took = cpu_ms(self.calls.count(name)) / 1e3
+            self.calls.append(name)
+            self.cpu += took
+            self.wall += took * waiting
+
+        return run
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+def test_each_sample_is_one_subjects_own_time(world: World) -> None:
+    runs = {"a": world.subject("a", lambda n: 3.0, waiting=2.0), "b": world.subject("b", lambda n: 50.0)}
+    samples = time_group(runs, protocol=QUICK, seed=0, clocks=world.clocks)
+    assert samples["a"].cpu_ms == pytest.approx([3.0] * 7)
+    assert samples["a"].wall_ms == pytest.approx([6.0] * 7)
+    assert samples["b"].cpu_ms == pytest.approx([50.0] * 7)
+    assert samples["a"].contention == pytest.approx(2.0)
+    assert samples["b"].contention == pytest.approx(1.0)
+
+
+def test_repeats_are_interleaved_and_reordered(world: World) -> None:
+    runs = {name: world.subject(name, lambda n: 5.0) for name in "abcd"}
+    time_group(runs, protocol=QUICK, seed=0, clocks=world.clocks)
+    timed = world.calls[-4 * QUICK.repeats :]
+    rounds = [tuple(timed[i : i + 4]) for i in range(0, len(timed), 4)]
+    assert all(sorted(once) == list("abcd") for once in rounds)
+    assert len(set(rounds)) > 1
+
+
+def test_warm_up_goes_on_until_stable_and_is_not_kept(world: World) -> None:
+    warm = [90.0, 60.0, 30.0]
+    run = world.subject("a", lambda n: warm[n] if n < len(warm) else 10.0)
+    samples = time_group({"a": run}, protocol=QUICK, seed=0, clocks=world.clocks)
+    assert set(np.round(samples["a"].cpu_ms, 6)) == {10.0}
+    # Three slow calls, the first fast one, and two near it; then the repeats.
+    assert len(world.calls) == 6 + QUICK.repeats
+
+
+def test_warm_up_of_an_unstable_subject_ends(world: World) -> None:
+    run = world.subject("a", lambda n: 10.0 * (1 + n % 2))
+    time_group({"a": run}, protocol=QUICK, seed=0, clocks=world.clocks)
+    assert len(world.calls) == QUICK.most_warm_up + QUICK.repeats
+
+
+def test_a_tiny_subject_is_called_often_per_sample(world: World) -> None:
+    run = world.subject("a", lambda n: 0.3)
+    samples = time_group({"a": run}, protocol=QUICK, seed=0, clocks=world.clocks)
+    assert samples["a"].cpu_ms == pytest.approx([0.3] * 7)
+    assert len(world.calls) == 3 + 7 * 4
+
+
+def test_a_quick_subject_is_sampled_more_often(world: World) -> None:
+    protocol = replace(QUICK, round_ms=20.0, most_per_round=3)
+    runs = {"quick": world.subject("quick", lambda n: 5.0), "slow": world.subject("slow", lambda n: 15.0)}
+    samples = time_group(runs, protocol=protocol, seed=0, clocks=world.clocks)
+    assert len(samples["quick"].cpu_ms) == 21
+    assert len(samples["slow"].cpu_ms) == 7
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_garbage_collection_is_off_while_timing(world: World, collecting: bool) -> None:
+    seen = []
+    before = gc.isenabled()
+    (gc.enable if collecting else gc.disable)()
+    try:
+        run = world.subject("a", lambda n: seen.append(gc.isenabled()) or 5.0)  # type: ignore[func-returns-value]
+        time_group({"a": run}, protocol=QUICK, seed=0, clocks=world.clocks)
+        assert gc.isenabled() is collecting
+    finally:
+        (gc.enable if before else gc.disable)()
+    assert not any(seen)
+
+
+def test_statistics() -> None:
+    samples = Samples(wall_ms=(9.0, 5.0, 7.0), cpu_ms=(4.0, 3.0, 6.0))
+    assert samples.latency("min_cpu") == 3.0
+    assert samples.latency("min_wall") == 5.0
+    assert samples.latency("median_wall") == 7.0
+    assert "min_cpu" in describe(QUICK, "min_cpu")
+
+
+def sheet_of(folder: Path, **changes: str) -> DeviceSheet:
+    lines = {
+        "device": '"cpu"',
+        "runtime": '"onnxruntime"',
+        "precision": '"fp32"',
+        "aliases": '["test-cpu"]',
+        "chip": '"a chip"',
+        "backend": '"onnxruntime"',
+        "shared": "true",
+        "protocol": "{ group = 2, separation_s = 0.0, components = false, least_sample_ms = 0.1 }",
+        **changes,
+    }
+    target = Target(device="cpu", runtime="onnxruntime", precision="fp32", threads=int(lines.get("threads", "1")))
+    path = folder / f"{target.slug}.toml"
+    path.write_text("\n".join(f"{key} = {value}" for key, value in lines.items()))
+    return load_sheet(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "statistic"),
+    [({}, "min_cpu"), ({"threads": "2"}, "min_wall"), ({"shared": "false"}, "median_wall")],
+)
+def test_the_statistic_follows_the_device(tmp_path: Path, changes: dict[str, str], statistic: str) -> None:
+    assert statistic_for(sheet_of(tmp_path, **changes)) == statistic
+
+
+def test_protocol_settings_are_read_and_misspelt_ones_are_errors(tmp_path: Path) -> None:
+    protocol, limits = measure.settings(sheet_of(tmp_path, protocol="{ repeats = 9, most_block_gmac = 0.5 }"))
+    assert protocol == Protocol(repeats=9)
+    assert limits == measure.Limits(most_block_gmac=0.5)
+    with pytest.raises(UsageError, match=r"unknown key 'repeat' in \[protocol\].*did you mean 'repeats'"):
+        measure.settings(sheet_of(tmp_path, protocol="{ repeat = 9 }"))
+
+
+# Sessions
+
+
+def subject_of(key: str, gmac: float, kind: str = "block") -> Subject:
+    def build(batch: int) -> tuple[nn.Module, dict[str, Tensor]]:
+        return nn.Identity(), {"key": torch.zeros(batch)}
+
+    return Subject(
+        key=key, kind=kind, name=f"subject {key}", spec={}, resolution_px=64, build=build, macs=int(gmac * 1e9)
+    )
+
+
+@dataclass
+class Scripted:
+    """A backend of scripted subjects: `cpu_ms[key](n)` is what call n of a subject takes."""
+
+    world: World
+    cpu_ms: dict[str, Callable[[int], float]]
+    output: float = 0.0
+
+    def unavailable(self) -> None:
+        return None
+
+    def loader(self, key: str) -> Loaded:
+        run = self.world.subject(key, self.cpu_ms.get(key, lambda n: 10.0))
+
+        def call() -> np.ndarray:
+            run()
+            return np.array([self.output])
+
+        return Loaded(run=call, description={"runtime": "scripted", "threads": 1})
+
+
+@pytest.fixture
+def scripted(world: World, monkeypatch: pytest.MonkeyPatch) -> Scripted:
+    backend = Scripted(world, {})
+    monkeypatch.setattr(Session, "_load", lambda self, subject: backend.loader(subject.key))
+    return backend
+
+
+def open_session(tmp_path: Path, world: World, subjects: list[Subject], **changes: object) -> Session:
+    settings: dict[str, Any] = {
+        "protocol": QUICK,
+        "anchors": pick_anchors(subjects),
+        "backend": types.ModuleType("scripted"),
+        **changes,
+    }
+    return Session(name="s1", sheet=sheet_of(tmp_path), seed=0, clocks=world.clocks, **settings)
+
+
+def test_anchors_are_quick_and_spread_over_size() -> None:
+    subjects = [subject_of(f"k{i}", 0.1 * i) for i in range(1, 13)] + [subject_of("big", 50.0)]
+    anchors = pick_anchors([*subjects, subject_of("c", 0.5, "component")])
+    assert len(anchors) == 3
+    assert [a.macs for a in anchors] == sorted(a.macs for a in anchors)
+    assert not {"big", "c"} & {a.key for a in anchors}
+    assert pick_anchors([]) == ()
+    assert [a.key for a in pick_anchors([subject_of("big", 50.0)])] == ["big"]
+
+
+def test_a_session_measures_everything_once_and_anchors_in_every_group(
+    tmp_path: Path, world: World, scripted: Scripted
+) -> None:
+    subjects = [subject_of(f"k{i}", 0.1 + i) for i in range(5)]
+    scripted.cpu_ms = {f"k{i}": (lambda n, i=i: 10.0 + i) for i in range(5)}
+    session = open_session(tmp_path, world, subjects)
+    groups = [rows for rows, _, _ in session.measure(subjects)]
+    anchors = {a.key for a in session.anchors}
+    assert len(groups) == 2
+    for rows in groups:
+        assert anchors < {row.subject for row in rows}
+    others = [row.subject for rows in groups for row in rows if row.subject not in anchors]
+    assert sorted(others) == sorted({s.key for s in subjects} - anchors)
+    row = groups[0][-1]
+    assert row.latency_ms == pytest.approx(10.0 + int(row.subject[1]))
+    assert (row.session, row.statistic, row.flagged, row.device) == ("s1", "min_cpu", "", "cpu")
+    assert len(row.samples_ms) == len(row.cpu_samples_ms) == QUICK.repeats
+    assert "runtime scripted" in row.environment
+
+
+def test_a_group_with_slow_anchors_is_flagged_and_measured_again(
+    tmp_path: Path, world: World, scripted: Scripted
+) -> None:
+    subjects = [subject_of(f"k{i}", 0.1 + i) for i in range(3)]
+    anchor = subject_of("anchor", 0.05)
+    # Alone at first 10 ms, then one slow group, then steady again.
+    scripted.cpu_ms = {"anchor": lambda n: 13.0 if 12 <= n < 25 else 10.0}
+    session = open_session(tmp_path, world, subjects, anchors=[anchor], protocol=replace(QUICK, group=3))
+    seen = list(session.measure(subjects))
+    flags = [{row.flagged for row in rows} for rows, _, _ in seen]
+    assert flags == [{"anchors 30% slower than their best"}, {""}]
+    assert [done for _, _, done in seen] == [0, 3]
+    assert [sorted(row.subject for row in rows) for rows, _, _ in seen] == [["anchor", "k0", "k1", "k2"]] * 2
+
+
+def test_a_group_that_stays_slow_keeps_its_flag_and_ends(tmp_path: Path, world: World, scripted: Scripted) -> None:
+    scripted.cpu_ms = {"anchor": lambda n: 10.0 if n < 12 else 20.0}
+    session = open_session(tmp_path, world, [], anchors=[subject_of("anchor", 0.05)])
+    seen = list(session.measure([subject_of("k", 1.0)]))
+    assert len(seen) == 1 + QUICK.retries
+    assert all(row.flagged for rows, _, _ in seen for row in rows)
+
+
+def test_a_subject_that_returns_nan_is_named(tmp_path: Path, world: World) -> None:
+    backend = types.ModuleType("nan")
+    backend.load = lambda module, inputs, target: Loaded(run=lambda: np.array([np.nan]), description={})  # type: ignore[attr-defined]
+    session = open_session(tmp_path, world, [], backend=backend)
+    with pytest.raises(NasError, match=r"subject k \(k\) returns numbers that are not finite"):
+        list(session.measure([subject_of("k", 1.0)]))
+
+
+# Whole runs
+
+
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch, scripted: Scripted, world: World) -> list[Subject]:
+    subjects = [subject_of(f"k{i}", 0.1 + i) for i in range(7)]
+    monkeypatch.setattr(measure, "choose", lambda *args, **kwargs: tuple(subjects))
+    monkeypatch.setattr(measure, "Clocks", lambda: world.clocks)
+    stamps = iter(range(10_000))
+    monkeypatch.setattr(measure, "_now", lambda: f"2026-01-01T00:00:{next(stamps):02d}+00:00")
+    return subjects
+
+
+def test_every_subject_gets_its_sessions_and_a_rerun_does_nothing(tmp_path: Path, chosen: list[Subject]) -> None:
+    sheet = sheet_of(tmp_path)
+    summary = measure.run(SPACE, sheet, sessions=2, folder=tmp_path)
+    sessions = measure._sessions_of(sheet.slug, tmp_path)
+    assert {key: len(found) for key, found in sessions.items()} == {s.key: 2 for s in chosen}
+    assert len(summary.sessions) == 2
+    assert (summary.flagged, summary.skipped, summary.lacking) == (0, 0, 0)
+    assert summary.rows == len(tables.read(sheet.slug, tmp_path))
+    assert set(tables.subjects(sheet.slug, tmp_path)) == {s.key for s in chosen}
+    again = measure.run(SPACE, sheet, sessions=2, folder=tmp_path)
+    assert (again.rows, again.skipped) == (0, 7)
+    more = measure.run(SPACE, sheet, sessions=3, folder=tmp_path)
+    assert len(more.sessions) == 1
+
+
+def test_a_killed_run_keeps_its_groups_and_measures_only_the_rest(tmp_path: Path, chosen: list[Subject]) -> None:
+    sheet = sheet_of(tmp_path)
+
+    def stop(message: str, done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure.run(SPACE, sheet, sessions=1, folder=tmp_path, progress=stop)
+    first = set(measure._sessions_of(sheet.slug, tmp_path))
+    assert 0 < len(first) < len(chosen)
+    anchors = {a.key for a in pick_anchors(chosen)}
+    before = len(tables.read(sheet.slug, tmp_path))
+    measure.run(SPACE, sheet, sessions=1, folder=tmp_path)
+    new = {row.subject for row in tables.read(sheet.slug, tmp_path)[before:]}
+    assert new - anchors == {s.key for s in chosen} - first - anchors
+    assert set(measure._sessions_of(sheet.slug, tmp_path)) == {s.key for s in chosen}
+
+
+def test_sessions_of_another_machine_do_not_count(
+    tmp_path: Path, chosen: list[Subject], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sheet = sheet_of(tmp_path)
+    measure.run(SPACE, sheet, sessions=1, folder=tmp_path)
+    monkeypatch.setattr(measure, "processor", lambda: "another chip")
+    monkeypatch.setattr("nas.measure.session.processor", lambda: "another chip")
+    summary = measure.run(SPACE, sheet, sessions=1, folder=tmp_path)
+    assert summary.skipped == 0
+    assert summary.rows > 0
+    assert {row.chip for row in tables.read(sheet.slug, tmp_path)[-summary.rows :]} == {"another chip"}
+
+
+def test_flagged_rows_do_not_count_as_sessions(tmp_path: Path, chosen: list[Subject], scripted: Scripted) -> None:
+    sheet = sheet_of(tmp_path)
+    for anchor in pick_anchors(chosen):
+        scripted.cpu_ms[anchor.key] = lambda n: 10.0 if n < 10 else 20.0
+    summary = measure.run(SPACE, sheet, sessions=1, folder=tmp_path)
+    assert summary.flagged == summary.rows > 0
+    assert summary.lacking == len(chosen)
+
+
+def test_sessions_are_kept_apart(tmp_path: Path, chosen: list[Subject], monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    said: list[str] = []
+    sheet = sheet_of(tmp_path, protocol="{ separation_s = 300.0, least_sample_ms = 0.1 }")
+    measure.run(SPACE, sheet, sessions=2, folder=tmp_path, progress=lambda message, done, total: said.append(message))
+    assert len(slept) == 1
+    assert 290 < slept[0] <= 300
+    assert any("waiting" in message for message in said)
+
+
+def test_repeatability_is_the_gap_between_sessions(tmp_path: Path, chosen: list[Subject], scripted: Scripted) -> None:
+    sheet = sheet_of(tmp_path)
+    measure.run(SPACE, sheet, sessions=1, folder=tmp_path)
+    steady = measure.run(SPACE, sheet, sessions=2, folder=tmp_path)
+    assert steady.repeatability == pytest.approx(0.0, abs=1e-6)
+    rows = tables.read(sheet.slug, tmp_path)
+    slower = {r.subject: 1.0 + 0.01 * int(r.subject[1]) for r in rows}
+    odd = [
+        replace(r, latency_ms=r.latency_ms * (slower[r.subject] if r.session == steady.sessions[0] else 1.0))
+        for r in rows
+    ]
+    # Gaps of 0 to 6 %; the sessions are aligned by their median first, which is 3 %.
+    gaps = measure._repeatability(odd, {s.key for s in chosen})
+    assert gaps == pytest.approx(np.median([abs(1 + 0.01 * i - 1.03) for i in range(7)]), rel=0.1)
+
+
+def test_a_target_of_published_rows_cannot_be_measured(tmp_path: Path) -> None:
+    sheet = replace(sheet_of(tmp_path), backend=None)
+    with pytest.raises(NasError, match="test-cpu cannot be measured from here"):
+        measure.run(SPACE, sheet, folder=tmp_path)
+
+
+def test_an_unavailable_backend_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nas.backends.onnxruntime.unavailable", lambda: "the package onnxruntime is not installed")
+    with pytest.raises(NasError, match="test-cpu cannot be measured here: the package onnxruntime is not installed"):
+        measure.run(SPACE, sheet_of(tmp_path), folder=tmp_path)
+
+
+# Subjects
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "_CANDIDATES_FOR_BLOCKS", 2)
+    monkeypatch.setattr(sampling, "_RESOLUTION_DIVISORS", (2, 4))
+
+
+@pytest.mark.usefixtures("few")
+def test_blocks_are_distinct_small_and_of_every_kind() -> None:
+    blocks = sampling.sample_blocks(SPACE, 24, seed=1, most_gmac=2.0)
+    assert len({b.key for b in blocks}) == len(blocks) == 24
+    assert all(0 <= b.macs / 1e9 <= 2.0 for b in blocks)
+    kinds = {str(b.spec["kind"]) for b in blocks if b.spec}
+    assert {"stem", "head", "time_embedding", "transformer", "downsample", "upsample", "separable"} <= kinds
+    assert {b.resolution_px for b in blocks} == {256, 512}
+    assert [b.key for b in sampling.sample_blocks(SPACE, 24, seed=1, most_gmac=2.0)] == [b.key for b in blocks]
+
+
+def test_networks_begin_with_the_references_and_keep_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "_NETWORK_SCALES", ((4, 16),))
+    networks = sampling.sample_networks(SPACE, 4, least_gmac=0.3, most_gmac=2.0)
+    assert len(networks) == 4
+    assert networks[0].name.startswith(str(SPACE.reference(SPACE.references[0].name)))
+    assert all(0.3 <= n.macs / 1e9 <= 2.0 for n in networks)
+    for network in networks:
+        module, inputs = network.build(1)
+        assert sum(p.numel() for p in module.parameters()) == network.params
+        assert inputs["sample"].shape == (1, 4, 16, 16)
+        assert network.features is not None
+        assert network.features.sum() > 0
+
+
+def test_none_asked_for_none_chosen() -> None:
+    limits = measure.Limits(components=False)
+    assert measure.choose(SPACE, 0, 0, limits=limits) == ()
+
+
+def test_known_subjects_come_back_the_same_with_fresh_features() -> None:
+    limits = measure.Limits(components=False, most_block_gmac=0.3, most_network_gmac=0.3, least_network_gmac=0.0)
+    drawn = [
+        subjects_module.block_subject(spec, SPACE.name, 64, 1)
+        for spec in families.network(SPACE.reference("snapgen").space.at_resolution(64).reference("snapgen")).blocks[:4]
+    ]
+    recorded = {s.key: replace(measure._table_subject(s), features={"conv.macs": 1.0}, macs=7) for s in drawn}
+    known = sampling.known_subjects(SPACE, recorded, {drawn[0].key: 64}, batch=1)
+    assert [(k.key, k.name, k.macs, k.params) for k in known] == [(d.key, d.name, d.macs, d.params) for d in drawn]
+    for again, once in zip(known, drawn, strict=True):
+        np.testing.assert_array_equal(again.features, once.features)
+    assert [k.resolution_px for k in known] == [64, None, None, None]
+    elsewhere = {key: replace(r, spec={**r.spec, "space": "another"}) for key, r in recorded.items()}
+    assert sampling.known_subjects(SPACE, elsewhere, {}, batch=1) == ()
+    chosen = measure.choose(SPACE, 3, 0, limits=limits, known=known)
+    assert [s.key for s in chosen] == [k.key for k in known[:3]]
+
+
+def test_components_play_the_parts_of_the_pipeline() -> None:
+    parts = subjects_module.components(SPACE, pixels=(64,))
+    assert [(p.role, p.resolution_px) for p in parts] == [("decoder", 64), ("text_encoders", None)]
+    module, inputs = parts[0].build(1)
+    with torch.no_grad():
+        assert module(**inputs).shape == (1, 3, 64, 64)
+
+
+def test_diverse_takes_the_first_then_new_tags_then_the_farthest() -> None:
+    points = np.array([[0.0], [1.0], [2.0], [3.0], [10.0]])
+    tags: list[set[str]] = [{"a"}, {"b"}, {"a"}, {"b", "c"}, {"a"}]
+    assert sampling._diverse(points, tags, 3, seed=0, first=1) == [0, 3, 4]
+    assert sampling._diverse(points, tags, 99, seed=0, first=1)[:3] == [0, 3, 4]
+    assert sorted(sampling._diverse(points, tags, 99, seed=0)) == [0, 1, 2, 3, 4]
+    assert sampling._diverse(np.zeros((0, 1)), [], 3, seed=0) == []
+
+
+def test_log_scale_counts_ratios_alike_and_keeps_zero_apart() -> None:
+    scaled = sampling._log_scaled(np.array([[0.0], [1000.0], [2000.0], [4000.0]]))
+    steps = np.diff(scaled[:, 0])
+    assert steps[1] < steps[2] < 1.5 * steps[1]
+    assert steps[0] > 0
+
+
+# The shipped sheets
+
+
+@pytest.mark.parametrize(
+    ("alias", "backend"), [("cpu", "onnxruntime"), ("cpu-onnxruntime", "onnxruntime"), ("cpu-tvm", "tvm")]
+)
+def test_the_shipped_sheets_can_be_measured(alias: str, backend: str) -> None:
+    sheet = find_target(alias)
+    assert sheet.backend == backend
+    assert sheet.target.threads == 1
+    protocol, _ = measure.settings(sheet)
+    assert protocol.repeats >= 7
+    assert statistic_for(sheet) == "min_cpu"

@@ -1,0 +1,138 @@
+"""What a study writes down, and finding a candidate in it again."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pytest
+
+from nas import record
+from nas.errors import NasError, UsageError
+from nas.evaluate import Evaluation
+from nas.record import Trial, candidate_of, edges, front, hypervolumes, recommend, trials_frame
+from nas.space import load_space
+from tests.toy_space import write_space
+
+
+def evaluation(key="a", latency_ms=100.0, quality=1.0, *, feasible=True, choices=None, sd=0.0):
+    return Evaluation(
+        key=key,
+        choices=choices or {},
+        params=1,
+        macs=2,
+        weight_bytes=3,
+        peak_activation_bytes=4,
+        step_ms=latency_ms / 4,
+        latency_ms=latency_ms,
+        latency_low_ms=latency_ms - 1,
+        latency_high_ms=latency_ms + 1,
+        meets_budget_probability=0.9,
+        feasible=feasible,
+        reason="",
+        source="search",
+        quality=quality,
+        quality_sd=sd,
+    )
+
+
+def trials(*evaluations, state="proxied"):
+    return [Trial(number=i, state=state, evaluation=e) for i, e in enumerate(evaluations)]
+
+
+def test_the_front_is_feasible_proxied_and_not_beaten():
+    found = front(
+        [
+            *trials(
+                evaluation("slow", 200, 3.0),
+                evaluation("fast", 100, 1.0),
+                evaluation("beaten", 150, 0.5),
+                evaluation("over", 90, 9.0, feasible=False),
+            ),
+            Trial(number=9, state="infeasible", evaluation=evaluation("never", 50, None)),
+        ]
+    )
+    assert [e.key for e in found] == ["fast", "slow"]
+    assert front([]) == []
+
+
+def test_hypervolume_grows_by_hand_computed_areas_against_the_fixed_point():
+    found = hypervolumes(
+        trials(evaluation("a", 500, 2.0), evaluation("b", 250, 1.0), evaluation("c", 800, 1.5)), budget_ms=1000
+    )
+    assert found["values"] == pytest.approx([0.5 * 2.0, 0.5 * 2.0 + 0.25 * 1.0, 1.25])
+    assert found["reference_point"] == {"latency_ms": 1000, "quality": 0.0}
+
+
+def test_an_infeasible_reference_adds_no_hypervolume_but_counts_as_a_trial():
+    found = hypervolumes(trials(evaluation("over", 500, 2.0, feasible=False), evaluation("a", 500, 2.0)), 1000)
+    assert found["values"] == pytest.approx([0.0, 1.0])
+
+
+def test_the_recommended_is_the_fastest_that_ties_with_the_best():
+    members = [evaluation("low", 100, 1.0), evaluation("tie", 150, 2.95, sd=0.1), evaluation("best", 300, 3.0, sd=0.1)]
+    assert recommend(members)["key"] == "tie"
+    members[1] = evaluation("tie", 150, 2.7, sd=0.1)
+    assert recommend(members)["key"] == "best"
+    assert recommend([]) is None
+
+
+def test_edges_are_ordinal_choices_at_an_end(tmp_path):
+    space = load_space(write_space(tmp_path))
+    chosen = evaluation(choices={"width_0": 64, "width_1": 128, "resnets_0": 2, "conv_0": "full", "depth_1": 1})
+    assert [(e["choice"], e["at"]) for e in edges(chosen, space)] == [
+        ("width_0", "low"),
+        ("resnets_0", "high"),
+        ("depth_1", "high"),
+    ]
+    assert edges(None, space) == []
+
+
+@pytest.fixture
+def folder(tmp_path):
+    space = load_space(write_space(tmp_path))
+    rows = [space.from_row(row) for row in space.sample(6, 0)]
+    found = [evaluation(c.key, 100 + i, float(i), choices=c.choices) for i, c in enumerate(rows)]
+    study = tmp_path / "reports" / "one"
+    study.mkdir(parents=True)
+    data = {"schema": 1, "space": "toy", "space_path": str(space.path), "resolution_px": 64}
+    data["recommended"] = {"key": rows[3].key}
+    frame = trials_frame(trials(*found), space)
+    record.write(study, data, {"trials.csv": frame, "front.csv": frame, "blocks.csv": frame[:0]})
+    return study, rows
+
+
+def test_a_candidate_is_found_again_by_key_prefix_and_recommendation(folder, tmp_path):
+    study, rows = folder
+    found = candidate_of(f"{study}#{rows[2].key}")[1]
+    assert found.choices == rows[2].choices
+    assert found.key == rows[2].key
+    assert found.space.resolution_px == 64
+    assert candidate_of(f"one#{rows[2].key[:8]}", tmp_path / "reports")[1].key == rows[2].key
+    assert candidate_of("one", tmp_path / "reports")[1].key == rows[3].key
+
+
+def test_an_unknown_study_or_key_offers_what_there_is(folder, tmp_path):
+    study, rows = folder
+    with pytest.raises(UsageError, match="did you mean 'one'"):
+        candidate_of("onee#x", tmp_path / "reports")
+    with pytest.raises(UsageError, match=rows[0].key):
+        candidate_of(f"{study}#nope")
+
+
+def test_a_study_of_another_schema_or_damaged_is_refused(folder):
+    study, _ = folder
+    data = json.loads((study / "study.json").read_text())
+    (study / "study.json").write_text(json.dumps({**data, "schema": 99}))
+    with pytest.raises(NasError, match="schema 99"):
+        record.read_study(study)
+    (study / "study.json").write_text("{half")
+    with pytest.raises(NasError, match="not valid JSON"):
+        record.read_study(study)
+
+
+def test_an_inactive_choice_is_an_empty_cell(folder):
+    study, _ = folder
+    frame = pd.read_csv(study / "trials.csv", keep_default_na=False)
+    assert {"number", "key", "state", "latency_high_ms", "choice.width_0"} <= set(frame.columns)
+    assert len(frame) == 6

@@ -1,0 +1,293 @@
+"""The search loop, with a priced toy space and an instant proxy: what is killed at any write resumes to the same trials."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import optuna
+import pytest
+
+from nas import quality, study
+from nas.device import Budget
+from nas.errors import NasError
+from nas.evaluate import Evaluation, Terms
+from nas.space import SearchSpace, load_space
+from nas.study import Plan, Study
+
+TOML = """
+family = "unet"
+[input]
+latent_channels = 4
+latent_height = 8
+latent_width = 8
+pixels_per_latent = 8
+text_tokens = 4
+text_width = 8
+[choices]
+width = [1, 2, 3, 4, 5]
+depth = [0, 1, 2, 3]
+kind = ["full", "separable"]
+attention = [false, true]
+[[rules]]
+when = { depth = [0] }
+inactive = ["attention"]
+because = "nothing attends"
+[[rules]]
+when = { width = [5], kind = ["full"] }
+forbid = true
+because = "too wide to be dense"
+[pipeline]
+steps = 4
+guidance = false
+parts = []
+source = "a test"
+[[reference]]
+name = "known"
+title = "a published one"
+source = "a test"
+[reference.choices]
+width = 4
+depth = 3
+kind = "full"
+attention = true
+"""
+
+
+@dataclass(frozen=True)
+class FakeEvaluator:
+    """Latency is ten times width plus depth; the budget is 35 ms."""
+
+    space: SearchSpace
+    sheet: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(slug="toy--none--fp32"))
+    predictor: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(to_json=lambda: {"kind": "toy"}))
+    terms: Terms = Terms(
+        budget=Budget(ms=35.0, per_step=True, device="toy"), calls=1, parts=(), confidence=0.8
+    )
+
+    def price(self, candidates, source="search"):
+        rows = []
+        for candidate in candidates:
+            ms = 10.0 * candidate.values["width"] + candidate.values["depth"]
+            rows.append(
+                Evaluation(
+                    key=candidate.key,
+                    choices=candidate.choices,
+                    params=int(ms),
+                    macs=int(ms),
+                    weight_bytes=4,
+                    peak_activation_bytes=4,
+                    step_ms=ms,
+                    latency_ms=ms,
+                    latency_low_ms=ms - 1,
+                    latency_high_ms=ms + 1,
+                    meets_budget_probability=1.0 if ms + 1 <= 35 else 0.1,
+                    feasible=ms + 1 <= 35,
+                    reason="" if ms + 1 <= 35 else "over",
+                    source=source,
+                )
+            )
+        return rows
+
+
+class Inline(Executor):
+    """Runs a toy proxy in the calling thread and remembers what it was asked for."""
+
+    def __init__(self):
+        self.asked = []
+
+    def submit(self, fn, candidate, teacher, settings):
+        self.asked.append(candidate.key)
+        future = Future()
+        if candidate.values["depth"] == 3 and candidate.values["width"] == 1:
+            future.set_exception(NasError("the student diverged"))
+        else:
+            value = candidate.values["width"] ** 0.5 + 0.1 * candidate.values["depth"]
+            future.set_result(
+                quality_of(value + (0.3 if candidate.values["kind"] == "full" else 0.0))
+            )
+        return future
+
+
+def quality_of(value):
+    return SimpleNamespace(quality_db=value, quality_sd=0.01, text_db=0.0, text_sd=0.0, seconds=0.5)
+
+
+@pytest.fixture
+def plan(tmp_path, monkeypatch):
+    path = tmp_path / "toy.toml"
+    path.write_text(TOML)
+    monkeypatch.setattr(quality, "teacher_hash", lambda teacher: "teacher")
+    return Plan(
+        evaluator=FakeEvaluator(load_space(path)),
+        teacher="embedded",
+        proxy=quality.ProxySettings(),
+        trials=10,
+        seed=3,
+        jobs=2,
+    )
+
+
+def run(plan, folder):
+    folder.mkdir(exist_ok=True)
+    executor = Inline()
+    with Study(plan, folder, executor=executor) as opened:
+        opened.run()
+        return opened.trials(), executor.asked
+
+
+def comparable(trials):
+    return [(t.number, t.state, t.evaluation) for t in trials]
+
+
+def test_runs_as_many_proxies_as_asked_and_the_reference_first(plan, tmp_path):
+    trials, asked = run(plan, tmp_path / "a")
+    states = [t.state for t in trials]
+    assert states.count("proxied") + states.count("failed") == 10 == len(asked)
+    assert trials[0].evaluation.source == "reference:known"
+    assert len(set(asked)) == len(asked)
+
+
+def test_a_candidate_over_budget_is_never_proxied_but_a_reference_is(plan, tmp_path):
+    trials, asked = run(replace(plan, trials=18), tmp_path / "a")
+    over = [t for t in trials if not t.evaluation.feasible and t.evaluation.source == "search"]
+    assert over
+    assert all(t.state in ("infeasible", "duplicate") and t.evaluation.quality is None for t in over)
+    assert asked[0] == plan.evaluator.space.reference("known").key
+    assert not trials[0].evaluation.feasible
+
+
+def test_stops_by_itself_when_the_feasible_space_is_exhausted(plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "_EXHAUSTED", 150)
+    space = plan.evaluator.space
+    feasible = {e.key for e in plan.evaluator.price(list(space.enumerate())) if e.feasible}
+    trials, asked = run(replace(plan, trials=500), tmp_path / "a")
+    assert len(asked) == len(set(asked)) <= len(feasible) + 1
+    assert len(asked) >= 0.9 * len(feasible)
+
+
+def test_the_same_seed_gives_the_same_trials_and_another_seed_others(plan, tmp_path):
+    first, second = run(plan, tmp_path / "a")[0], run(plan, tmp_path / "b")[0]
+    other = run(replace(plan, seed=4), tmp_path / "c")[0]
+    assert comparable(first) == comparable(second)
+    assert comparable(first) != comparable(other)
+
+
+def test_a_finished_study_is_extended_without_repeating_anything(plan, tmp_path):
+    first, _ = run(plan, tmp_path / "a")
+    again, asked = run(plan, tmp_path / "a")
+    assert asked == []
+    assert comparable(again) == comparable(first)
+    more, asked = run(replace(plan, trials=14), tmp_path / "a")
+    assert len(asked) == 4
+    assert comparable(more)[: len(first)] == comparable(first)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing may catch it."""
+
+
+@pytest.mark.parametrize("moment", ["before", "after", "torn"])
+def test_killed_at_any_journal_write_and_resumed_ends_with_the_same_trials(plan, tmp_path, monkeypatch, moment):
+    whole, _ = run(plan, tmp_path / "peace")
+    append = optuna.storages.journal.JournalFileBackend.append_logs
+    calls = {"n": 0, "die_at": 10**9}
+
+    def dying(self, logs):
+        calls["n"] += 1
+        if calls["n"] == calls["die_at"]:
+            if moment != "before":
+                append(self, logs)
+            if moment == "torn":
+                path = Path(self._file_path)
+                path.write_bytes(path.read_bytes()[:-9])
+            raise Killed
+        append(self, logs)
+
+    monkeypatch.setattr(optuna.storages.journal.JournalFileBackend, "append_logs", dying)
+    calls["n"] = 0
+    run(plan, tmp_path / "count")
+    total = calls["n"]
+    assert total > 50
+    for index, die_at in enumerate(range(1, total, 7)):
+        folder = tmp_path / f"killed{index}"
+        folder.mkdir()
+        calls.update(n=0, die_at=die_at)
+        with pytest.raises(Killed), Study(plan, folder, executor=Inline()) as opened:
+            opened.run()
+        calls.update(n=0, die_at=10**9)
+        resumed, _ = run(plan, folder)
+        assert comparable(resumed) == comparable(whole), f"killed {moment} write {die_at}"
+
+
+def test_killed_again_and_again_it_still_gets_there(plan, tmp_path, monkeypatch):
+    whole, _ = run(plan, tmp_path / "peace")
+    append = optuna.storages.journal.JournalFileBackend.append_logs
+    generator = np.random.default_rng(0)
+    calls = {"left": 0}
+
+    def dying(self, logs):
+        calls["left"] -= 1
+        if calls["left"] < 0:
+            raise Killed
+        append(self, logs)
+
+    monkeypatch.setattr(optuna.storages.journal.JournalFileBackend, "append_logs", dying)
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    for _ in range(5):
+        calls["left"] = int(generator.integers(5, 60))
+        try:
+            with Study(plan, folder, executor=Inline()) as opened:
+                opened.run()
+        except Killed:
+            continue
+    calls["left"] = 10**9
+    assert comparable(run(plan, folder)[0]) == comparable(whole)
+
+
+def test_a_journal_of_another_space_version_is_refused_with_the_difference(plan, tmp_path):
+    run(plan, tmp_path / "a")
+    path = tmp_path / "toy.toml"
+    path.write_text(TOML.replace("width = [1, 2, 3, 4, 5]", "width = [1, 2, 3, 4, 5, 6]"))
+    changed = replace(plan, evaluator=FakeEvaluator(load_space(path)))
+    with pytest.raises(NasError, match="space_hash was"):
+        run(changed, tmp_path / "a")
+
+
+def test_a_damaged_journal_is_one_sentence(plan, tmp_path):
+    folder = tmp_path / "a"
+    run(plan, folder)
+    lines = (folder / "journal.log").read_text().splitlines()
+    lines[2] = "{half a rec"
+    (folder / "journal.log").write_text("\n".join(lines) + "\n")
+    with pytest.raises(NasError, match=r"journal.log is damaged"):
+        run(plan, folder)
+
+
+def test_two_searches_cannot_share_a_folder(plan, tmp_path):
+    (tmp_path / "a").mkdir()
+    with Study(plan, tmp_path / "a", executor=Inline()):
+        with pytest.raises(NasError, match="another search is running"):
+            Study(plan, tmp_path / "a", executor=Inline()).__enter__()
+    with Study(plan, tmp_path / "a", executor=Inline()):
+        pass
+
+
+def test_a_diverged_proxy_is_a_failed_trial_with_its_reason(plan, tmp_path):
+    space = plan.evaluator.space
+    path = tmp_path / "toy.toml"
+    path.write_text(TOML.replace("width = 4\ndepth = 3", "width = 1\ndepth = 3"))
+    failing = replace(plan, evaluator=FakeEvaluator(load_space(path)), trials=2)
+    trials, _ = run(failing, tmp_path / "a")
+    assert space.name == "toy"
+    assert trials[0].state == "failed"
+    assert trials[0].evaluation.reason == "the student diverged"
+
+
+def test_the_identity_survives_json(plan):
+    assert plan.identity() == json.loads(json.dumps(plan.identity()))

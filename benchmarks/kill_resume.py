@@ -39,16 +39,19 @@ if __name__ == "__main__":
 
 
 def start(script: Path, folder: Path, trials: int, budget: str) -> subprocess.Popen[bytes]:
+    """One search in its own process group."""
     return subprocess.Popen([sys.executable, str(script), str(folder), str(trials), budget], start_new_session=True)
 
 
 def trials_of(folder: Path) -> pd.DataFrame:
+    """The study's trials, by number."""
     frame = pd.read_csv(folder / "trials.csv", keep_default_na=False)
     # Seconds are a measurement, not an outcome.
     return frame.drop(columns=["seconds"]).sort_values("number").reset_index(drop=True)
 
 
 def main() -> None:
+    """Runs both searches and compares them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--trials", type=int, default=12)

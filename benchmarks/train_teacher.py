@@ -1,6 +1,6 @@
 """Trains the embedded teacher on the task shapes and prints the checker's scores on held-out captions last.
 
-    OMP_NUM_THREADS=1 python benchmarks/train_teacher.py --out runs/shapes2 --steps 2800
+    OMP_NUM_THREADS=1 python benchmarks/train_teacher.py --out runs/shapes2 --steps 4400
 
 A run that was stopped goes on from its checkpoint with the same command. `--start FILE` begins from another teacher's
 weights (the second part of a curriculum).
@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 from torch.nn import functional
 
 from nas.diffusion import noised, sample, sample_times
@@ -39,16 +41,28 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint, curve, teacher and record")
     parser.add_argument("--relations", type=int, default=2, choices=(2, 4))
-    parser.add_argument("--steps", type=int, default=2800)
+    parser.add_argument("--steps", type=int, default=4400)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--high-noise", type=float, default=0.5, help="share of training times that lean to high noise")
     parser.add_argument("--start", type=Path, help="teacher file to begin from")
     parser.add_argument("--bf16", action="store_true", help="autocast forward passes to bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--every", type=int, default=200, help="steps between curve points and checkpoints")
     parser.add_argument("--prompts", type=int, default=512, help="held-out and mixed prompts scored at the end, each")
     return parser.parse_args()
+
+
+def start_from(model: EmbeddedTeacher, path: Path) -> None:
+    """Loads another teacher's weights; the text field, where that teacher has none, starts at zero."""
+    missing, unexpected = model.load_state_dict({k: v.float() for k, v in load_file(path).items()}, strict=False)
+    said = model.denoiser.network.get_submodule("said")
+    if unexpected or any(".said." not in name for name in missing):
+        raise SystemExit(f"{path} is not a teacher of this shape: missing {missing}, unexpected {unexpected}")
+    if missing:
+        torch.nn.init.zeros_(said[-1].weight)
+        torch.nn.init.zeros_(said[-1].bias)
 
 
 class Run:
@@ -62,7 +76,7 @@ class Run:
         settings = TeacherSettings(vocabulary=self.task.vocabulary_size, null_tokens=null, mean=self.task.background)
         self.model = EmbeddedTeacher(settings)
         if options.start:
-            self.model.load_state_dict(load_embedded(options.start).state_dict())
+            start_from(self.model, options.start)
         self.model.to(options.device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=options.lr, betas=(0.9, 0.98), fused=True)
@@ -110,7 +124,7 @@ class Run:
         drop = torch.rand(count, generator=generator) < (CAPTION_DROP if split == "train" else 0.0)
         tokens = self.task.tokens([None if gone else c for c, gone in zip(captions, drop.tolist(), strict=True)])
         noise = torch.randn(clean.shape, generator=generator)
-        t = sample_times(count, generator)
+        t = sample_times(count, generator, self.options.high_noise if split == "train" else 0.5)
         made = (noised(clean, noise, t), t, tokens, noise - clean)
         return tuple(tensor.to(self.options.device) for tensor in made)
 
@@ -154,14 +168,17 @@ class Run:
 
 
 @torch.no_grad()
-def score(teacher: EmbeddedTeacher, task: Task, split: str, prompts: int, seed: int = 777) -> dict[str, float]:
-    """The checker's means over random captions of a split: Euler 20 steps, guidance 2."""
+def score(
+    teacher: EmbeddedTeacher, task: Task, split: str, prompts: int, picture: Path, seed: int = 777
+) -> dict[str, float]:
+    """The checker's means over random captions of a split: Euler 20 steps, guidance 2; a picture of the first 64."""
     generator = torch.Generator().manual_seed(seed)
     captions = task.sample(prompts, split, generator)
     images = []
     for first in range(0, len(captions), 128):
         text = teacher.encode(task.tokens(captions[first : first + 128]))
         images.append(sample(teacher, text, teacher.null_text(), shape=task.image_shape, generator=generator).cpu())
+    Image.fromarray(task.grid(torch.cat(images)[:64])).save(picture, optimize=True)
     return {"prompts": prompts} | task.check(torch.cat(images), captions).means()
 
 
@@ -187,7 +204,10 @@ def ship(run: Run) -> dict[str, Any]:
             "torch": torch.__version__,
         },
         "sampling": "Euler, 20 steps, guidance 2, starting noise and captions from seed 777",
-        "scores": {split: score(teacher, run.task, split, options.prompts) for split in ("held-out", "all")},
+        "scores": {
+            split: score(teacher, run.task, split, options.prompts, path.with_name(f"{path.stem}-{split}.png"))
+            for split in ("held-out", "all")
+        },
         "curve": [dict(zip(CURVE, row, strict=True)) for row in run.curve],
     }
     atomic_write(path.with_suffix(".json"), json.dumps(record, indent=1) + "\n")

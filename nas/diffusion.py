@@ -122,13 +122,18 @@ def noised(clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     return (1 - t) * clean + t * noise
 
 
-def sample_times(count: int, generator: torch.Generator) -> Tensor:
-    """Training times [count] in (0, 1): half sigmoid(N(0, 1)), half sigmoid(1.2 + 1.3 N(0, 1)), interleaved.
+def sample_times(count: int, generator: torch.Generator, high_noise: float = 0.5) -> Tensor:
+    """Training times [count] in (0, 1): sigmoid(N(0, 1)), a share of them sigmoid(1.2 + 1.3 N(0, 1)), interleaved.
 
-    The second half leans to high noise, where the text decides what is drawn; the first keeps fine grain trained.
+    Args:
+        count: how many.
+        generator: CPU generator.
+        high_noise: the share of the second kind. It leans to high noise, where the text decides what is drawn; the
+            first keeps fine grain trained.
     """
     normal = torch.randn(count, generator=generator)
-    shifted = torch.arange(count) % 2 == 1
+    place = torch.arange(count + 1, dtype=torch.float64) * high_noise
+    shifted = place[1:].floor() > place[:-1].floor()
     return torch.sigmoid(torch.where(shifted, 1.2 + 1.3 * normal, normal))
 
 

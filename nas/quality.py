@@ -61,7 +61,7 @@ class ProxySettings:
     width_divisor: int = 16
     norm_groups: int = 4
     patch: int = 4
-    steps: int = 30
+    steps: int = 24
     batch: int = 16
     lr: float = 3e-3
     null_every: int = 4

@@ -47,7 +47,15 @@ def trials_frame(trials: Sequence[Trial], space: SearchSpace) -> pd.DataFrame:
         row |= {name: values[name] for name in _COLUMNS}
         row |= {f"choice.{c.name}": trial.evaluation.choices.get(c.name) for c in space.choices}
         rows.append(row)
-    columns = ["number", "key", "state", "source", "reason", *_COLUMNS[1:], *(f"choice.{c.name}" for c in space.choices)]
+    columns = [
+        "number",
+        "key",
+        "state",
+        "source",
+        "reason",
+        *_COLUMNS[1:],
+        *(f"choice.{c.name}" for c in space.choices),
+    ]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -87,7 +95,7 @@ def recommend(members: Sequence[Evaluation]) -> dict[str, str] | None:
         why = f"the best proxy quality on the front, {best.quality:.2f} dB, and no faster point ties with it"
     else:
         why = (
-            f"the fastest whose quality, {chosen.quality:.2f} dB, is within {tie:.2f} dB (two seed spreads) of the best,"
+            f"the fastest whose quality, {chosen.quality:.2f} dB, is within {tie:.2f} dB (two seed spreads) of the best"
             f" {best.key} at {best.quality:.2f} dB"
         )
     return {"key": chosen.key, "why": f"{why}; {chosen.meets_budget_probability:.0%} likely within the budget"}
@@ -145,7 +153,9 @@ def find_study(name: str, root: str | Path = "reports") -> Path:
         if (folder / "study.json").is_file():
             return folder
     known = [p.parent.name for p in Path(root).glob("*/study.json")] if Path(root).is_dir() else []
-    raise unknown("study", name, known, where=f"{Path(root)}/", hint="nas search makes one")
+    raise unknown(
+        "study", name, known, where=f"{Path(root)}/", hint="nas search --space snapgen_unet --budget 1.4s@iphone"
+    )
 
 
 def read_study(folder: Path) -> dict[str, Any]:

@@ -174,7 +174,9 @@ def write_record(study: Study, settings: SearchSettings) -> SearchResult:
     members = front(trials)
     recommended = recommend(members)
     chosen = next((m for m in members if recommended and m.key == recommended["key"]), None)
-    counts = {state: sum(t.state == state for t in trials) for state in ("proxied", "infeasible", "duplicate", "failed")}
+    counts = {
+        state: sum(t.state == state for t in trials) for state in ("proxied", "infeasible", "duplicate", "failed")
+    }
     record = {
         "schema": SCHEMA,
         "name": study.folder.name,
@@ -209,7 +211,7 @@ def write_record(study: Study, settings: SearchSettings) -> SearchResult:
         "fidelity": quality.fidelity(plan.proxy),
         "sources": [*evaluator.space.sources, *evaluator.sheet.sources],
         "finished": study.proxied >= plan.trials,
-        "next": f"nas train {study.folder.name}#{recommended['key']}" if recommended else "nas search --help",
+        "next": f"nas train {_typed(study.folder)}#{recommended['key']}" if recommended else "nas search --help",
     }
     frame = trials_frame(trials, evaluator.space)
     front_keys = [m.key for m in members]
@@ -217,6 +219,11 @@ def write_record(study: Study, settings: SearchSettings) -> SearchResult:
     blocks = blocks_frame(members, evaluator)
     write(study.folder, record, {"trials.csv": frame, "front.csv": rows, "blocks.csv": blocks})
     return SearchResult(folder=study.folder, record=record, front=members)
+
+
+def _typed(folder: Path) -> str:
+    """What a person types for a study: its name where it lies under reports/, else its path."""
+    return folder.name if folder.parent == Path("reports") else str(folder)
 
 
 def _plural(counts: dict[str, int]) -> dict[str, int]:
@@ -276,5 +283,3 @@ def _reference_rows(evaluator: Evaluator, trials: list[Trial]) -> list[dict[str,
             }
         )
     return rows
-
-

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from nas import quality
@@ -199,7 +200,7 @@ class Study:
         return [r.name for r in self.space.references if f"reference:{r.name}" not in tried]
 
     def _propose(self, at_random: bool) -> Candidate | None:
-        """The sampler's next candidate, or a random one; None, and a trial that says so, where the rules forbid its proposal.
+        """The sampler's next candidate, or a random one; None, and a trial that says so, where the rules forbid it.
 
         The sampler is asked without a trial of its own: a proposal then reaches the journal in one write, with all it
         needs, or not at all.
@@ -290,7 +291,8 @@ class Study:
                 )
         except BrokenProcessPool as error:
             raise NasError(
-                "a proxy worker process died (out of memory?)", hint="the same command resumes; --jobs 1 needs less memory"
+                "a proxy worker process died (out of memory?)",
+                hint="the same command resumes; --jobs 1 needs less memory",
             ) from error
         for number in sorted(outcomes):
             self._tell(number, *outcomes[number])
@@ -298,7 +300,10 @@ class Study:
     def _workers(self) -> Executor:
         if self._executor is None:
             self._executor = ProcessPoolExecutor(
-                max_workers=self.plan.jobs, mp_context=get_context("spawn"), initializer=_worker, initargs=(os.getpid(),)
+                max_workers=self.plan.jobs,
+                mp_context=get_context("spawn"),
+                initializer=_worker,
+                initargs=(os.getpid(),),
             )
         return self._executor
 
@@ -334,7 +339,9 @@ def _lock(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise NasError(f"another search is running in {folder}", hint="wait for it, or choose another --out") from error
+            raise NasError(
+                f"another search is running in {folder}", hint="wait for it, or choose another --out"
+            ) from error
         yield
 
 
@@ -358,7 +365,7 @@ def _open_journal(folder: Path, plan: Plan) -> optuna.Study:
     identity = plan.identity()
     _repair(path)
     try:
-        storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
+        storage = optuna.storages.JournalStorage(JournalFileBackend(str(path)))
         study = optuna.create_study(
             study_name="search", storage=storage, directions=["minimize", "maximize"], load_if_exists=True
         )

@@ -38,7 +38,8 @@ class Measurement:
         latency_ms: the session's statistic, in ms per call.
         statistic: how `latency_ms` comes from the samples ("min_cpu", "median_wall", "published").
         samples_ms, cpu_samples_ms: every wall and CPU-time sample in ms, in the order taken; empty for published rows.
-        session: rows of one session share machine state; alignment and noise are between sessions.
+        session: rows of one session share machine state; alignment and noise are between sessions. What is measured
+            here is labelled "<session>/<group>": a long session is aligned group by group, by its anchors.
         flagged: why the session is not to be trusted, or "".
         device, chip: where it ran; a table may pool the chips of one family.
         resolution_px: of the image, where the row is a pipeline part.
@@ -308,11 +309,12 @@ def noise_floor(found: Iterable[Observation]) -> dict[str, float] | None:
     repeated = [o for o in found if len(o.session_ms) > 1]
     if not repeated:
         return None
-    deviations = [abs(ms / o.ms - 1) for o in repeated for ms in o.session_ms]
+    # Per subject first: the anchors, repeated in every group, would otherwise outweigh all others.
+    deviations = [float(np.mean([abs(ms / o.ms - 1) for ms in o.session_ms])) for o in repeated]
     return {
         "mean_deviation": float(np.mean(deviations)),
         "subjects": float(len(repeated)),
-        "sessions": float(max(len(o.session_ms) for o in repeated)),
+        "sessions": float(np.median([len(o.session_ms) for o in repeated])),
     }
 
 

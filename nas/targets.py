@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save
@@ -39,6 +40,19 @@ class Task(Protocol):
 
     def render(self, batch: Sequence[Any], generator: torch.Generator) -> Tensor:
         """Images [B, C, H, W]."""
+        ...
+
+    def check(self, images: Tensor, batch: Sequence[Any]) -> Any:
+        """What is right about images [B, C, H, W], given their captions."""
+        ...
+
+    def grid(self, images: Tensor) -> Any:
+        """Images side by side as uint8 [rows, columns, 3]."""
+        ...
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
         ...
 
     def tokens(self, batch: Sequence[Any]) -> Tensor:
@@ -143,6 +157,7 @@ class Fresh:
         null_every: as for `Cached`.
         both: also ask the teacher for its answer without a caption (text objectives need it; doubles its cost).
         device: where the batches are wanted.
+        splits: of the captions, taking turns.
     """
 
     lesson: Lesson
@@ -151,10 +166,11 @@ class Fresh:
     null_every: int = 10
     both: bool = False
     device: torch.device | None = None
+    splits: tuple[str, ...] = ("train",)
 
     def batch(self, step: int) -> Batch:
         """The rows of that step."""
-        x, t, captions = _draw(self.lesson.task, self.size, ("train",), _generator(self.seed, step))
+        x, t, captions = _draw(self.lesson.task, self.size, self.splits, _generator(self.seed, step))
         x, t, text = x.to(self.device), t.to(self.device), self.lesson.text(captions)
         teacher = self.lesson.teacher
         with torch.no_grad():
@@ -246,8 +262,8 @@ def _compute(
 
 
 def _generator(seed: int, index: int) -> torch.Generator:
-    """Independent streams for every (seed, index): neighbouring seeds of torch's generator are."""
-    return torch.Generator().manual_seed((seed << 32) + index)
+    """An own stream for every (seed, index); torch's CPU generator takes only the lower 32 bits of a seed."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, index)).generate_state(1)[0]))
 
 
 def _draw(

@@ -72,6 +72,11 @@ SEARCH = ("search", "--space", "snapgen_unet", "--budget", "1.4s@iphone")
         (["export", "--space", "snapgen_unet", "--reference", "snapgn"], "did you mean 'snapgen'?"),
         (["export", "--format", "onx", "--space", "snapgen_unet"], "did you mean 'onnx'?"),
         (["export"], "name either STUDY#CANDIDATE"),
+        (["train", "no-study"], "unknown study 'no-study'"),
+        (["sample", "no-run"], "unknown run 'no-run'"),
+        (["profile", "--space", "snapgen_unet", "--candidate", "width_0=130"], "known: 128, 192, 256, 320"),
+        (["profile", "--space", "snapgen_unet", "--candidate", "widht_0=128"], "did you mean 'width_0'?"),
+        (["profile"], "name either"),
         (["measure", "--target", "cpu-onxruntime"], "did you mean 'cpu-onnxruntime'?"),
     ],
 )
@@ -194,6 +199,48 @@ def test_help_takes_less_than_half_a_second_of_work():
     after = os.times()
     spent = after.children_user + after.children_system - before.children_user - before.children_system
     assert spent < 0.5
+
+
+SMALL = "width_0=128,width_1=256,width_2=512,resnets_0=1,resnets_1=1,resnets_2=1,depth_2=1,attention=mqa"
+
+
+def test_profile_adds_up_and_prices_a_device(capsys, tmp_path):
+    page = tmp_path / "page.html"
+    asked = ["profile", "--space", "snapgen_unet", "--reference", "snapgen", "--device", "iphone", "--out", str(page)]
+    code, out, err = run(capsys, *asked, "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["params"] == sum(block["params"] for block in found["blocks"]) == 383_670_276
+    assert found["latency"]["low_ms"] < found["latency"]["ms"] < found["latency"]["high_ms"]
+    assert sum(block["step_ms"] for block in found["blocks"]) == pytest.approx(found["latency"]["ms"])
+    assert page.is_file()
+    assert f"wrote {page}" in err
+    code, out, _ = run(capsys, *asked)
+    assert "383,670,276 parameters, 658.2 GMACs a call" in out
+    assert out.splitlines()[-1].startswith("next: nas ")
+
+
+@pytest.mark.slow
+def test_export_writes_a_file_that_agrees_with_torch(capsys, tmp_path):
+    path = tmp_path / "small.onnx"
+    chosen = ["--space", "snapgen_unet", "--reference", "snapgen", "--candidate", SMALL, "--resolution", "64"]
+    code, out, _ = run(capsys, "export", *chosen, "--out", str(path), "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert path.stat().st_size > 4 * found["params"]
+    assert 0 < found["largest_difference"] < found["allowed"]
+
+
+def test_the_defaults_of_train_are_the_recipes():
+    import inspect
+
+    from nas.cli import handover
+    from nas.train import RecipeSettings
+
+    shown = {name: parameter.default for name, parameter in inspect.signature(handover.train).parameters.items()}
+    recipe = vars(RecipeSettings())
+    for name in ("steps", "batch", "text_weight", "seed"):
+        assert shown[name] == recipe[name]
 
 
 # Names

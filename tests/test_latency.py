@@ -1,4 +1,4 @@
-"""The predictor: known costs come back, intervals cover what they say, and what it cannot know it refuses.
+"""The predictor and its card: intervals cover what they say, and what it cannot know it refuses.
 
 Simulated tables have known costs, so every claim of a card can be checked against the truth.
 """
@@ -10,86 +10,22 @@ import json
 
 import numpy as np
 import pytest
+from latency_cases import (
+    costs,
+    measured,
+    networks,
+    sheet_in,
+    simulate,
+)
 
-from nas import tables
-from nas.device import load_sheet
 from nas.errors import NasError, UsageError
-from nas.latency import LatencyPredictor, fit, load_predictor, refit
-from nas.latency.calibration import calibrated, chip_factors, chosen, folds, held_out, held_out_chips, trials
-from nas.latency.predictor import EMPIRICAL_FROM, kinds_of
-from nas.latency.problem import problem, roofline
-from nas.latency.regression import Place, Rows, Shrinkage, solve
+from nas.latency import LatencyPredictor, fit
+from nas.latency.calibration import calibrated, chosen, folds, held_out
+from nas.latency.predictor import EMPIRICAL_FROM
+from nas.latency.problem import problem
+from nas.latency.regression import solve
 from nas.op import FEATURES
-from nas.tables import Measurement, Subject
-
-SLUG = "toy--onnxruntime--fp16"
-USED = ("conv.macs", "conv.bytes", "linear.macs", "linear.bytes", "attention.macs", "norm.bytes", "norm.count")
-INDEX = [FEATURES.index(name) for name in USED]
-TRUTH = np.array([20.0, 90.0, 30.0, 60.0, 45.0, 150.0, 8.0])
-SHEET = """
-device = "toy"
-runtime = "onnxruntime"
-precision = "fp16"
-aliases = ["toy"]
-chip = "{chip}"
-{extra}
-[roofline]
-ms_per_gmac = 25.0
-ms_per_gb = 200.0
-ms_per_op = 0.01
-"""
-CHIPS = """
-[fit]
-trend = {tops = 0.5}
-[chips.new]
-tops = 40.0
-[chips.old]
-tops = 10.0
-[chips.older]
-tops = 5.0
-"""
-
-
-def sheet_in(folder, chip="new", extra=""):
-    path = folder / f"{SLUG}.toml"
-    path.write_text(SHEET.format(chip=chip, extra="") + extra)
-    return load_sheet(path)
-
-
-def costs():
-    full = np.zeros(len(FEATURES))
-    full[INDEX] = TRUTH
-    return full
-
-
-def networks(n, seed, spread=0.6):
-    """[n, F]: networks of varied size and mixture over the used features."""
-    rng = np.random.default_rng(seed)
-    x = np.zeros((n, len(FEATURES)))
-    x[:, INDEX] = rng.lognormal(0, spread, (n, 1)) * rng.lognormal(0, spread, (n, len(USED))) / TRUTH
-    return x
-
-
-def subject(key, vector, kind="network"):
-    return Subject(key=key, kind=kind, name=key, features=tables.feature_map(vector))
-
-
-def measured(key, ms, kind="network", **changes):
-    values = {"session": "s1", "device": "toy", "chip": "new", "source": "simulated", "statistic": "median_wall"}
-    return Measurement(target=SLUG, subject=key, subject_kind=kind, latency_ms=float(ms), **{**values, **changes})
-
-
-def simulate(n=24, blocks=0, noise=0.02, seed=0, block_factor=0.9, spread=0.6):
-    """Rows and subjects of a device with the true costs, whose lone blocks run faster by `block_factor`."""
-    rng = np.random.default_rng(seed + 1000)
-    x, b = networks(n, seed, spread), networks(blocks, seed + 1, spread) * 0.05
-    rows, known = [], {}
-    for kind, vectors, factor in (("network", x, 1.0), ("block", b, block_factor)):
-        for i, vector in enumerate(vectors):
-            key = f"{kind}{i:03d}"
-            known[key] = subject(key, vector, kind)
-            rows.append(measured(key, factor * vector @ costs() * np.exp(noise * rng.standard_normal()), kind))
-    return rows, known
+from nas.tables import Subject
 
 
 @pytest.fixture(scope="module")
@@ -98,105 +34,6 @@ def fitted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tables")
     rows, known = simulate(blocks=20)
     return fit(rows, known, sheet_in(folder))
-
-
-# Regression
-
-
-def rows_of(x, ms, effects=None, weights=None):
-    n = len(x)
-    return Rows(
-        features=x,
-        ms=ms,
-        effects=np.zeros((n, 0)) if effects is None else effects,
-        weights=np.ones(n) if weights is None else weights,
-    )
-
-
-def shrinkage(ridge=1e-6, effects=0, prior=None):
-    prior = np.full(len(FEATURES), 50.0) if prior is None else prior
-    return Shrinkage(prior=prior, ridge=ridge, centre=np.zeros(effects), effect_ridge=np.full(effects, 1e-4))
-
-
-def test_known_costs_are_recovered_without_noise():
-    x = networks(40, 0)
-    place = solve(rows_of(x, x @ costs()), shrinkage(1e-10)).at(np.zeros(0))
-    assert place.costs[INDEX] == pytest.approx(TRUTH, rel=1e-3)
-    assert place.ms(x) == pytest.approx(x @ costs(), rel=1e-6)
-
-
-def test_costs_are_never_negative():
-    x = networks(30, 0)
-    discount = x @ costs() - 0.5 * TRUTH[0] * x[:, INDEX[0]] - 1.2 * TRUTH[1] * x[:, INDEX[1]]
-    place = solve(rows_of(x, np.maximum(discount, 1.0)), shrinkage()).at(np.zeros(0))
-    assert (place.costs >= 0).all()
-    # An unconstrained fit of the same rows does go below zero, so that the test can fail.
-    relative = x[:, INDEX] / np.maximum(discount, 1.0)[:, None]
-    assert np.linalg.lstsq(relative, np.ones(len(x)), rcond=None)[0].min() < -1
-
-
-def test_error_is_relative_not_absolute():
-    # One feature, two disagreeing rows: relative least squares gives (a + b) / (a^2 + b^2) in 1 / (ms per unit).
-    x = np.zeros((2, len(FEATURES)))
-    x[:, INDEX[0]] = 1.0, 100.0
-    ms = np.array([1.0, 200.0])
-    place = solve(rows_of(x, ms), shrinkage(1e-12)).at(np.zeros(0))
-    a, b = 1.0, 0.5
-    assert place.costs[INDEX[0]] == pytest.approx((a + b) / (a**2 + b**2), rel=1e-6)
-
-
-def test_few_rows_are_pulled_to_the_priors_proportions_at_their_own_scale():
-    x = networks(2, 3)
-    prior = np.full(len(FEATURES), 1.0)
-    prior[INDEX] = TRUTH
-    strong = solve(rows_of(x, 3.0 * x @ costs()), shrinkage(1e3, prior=prior)).at(np.zeros(0))
-    assert strong.costs[INDEX] == pytest.approx(3.0 * TRUTH, rel=1e-6)
-
-
-@pytest.mark.parametrize("ridge", [1e-3, 1.0])
-def test_a_prior_in_other_units_changes_nothing(ridge):
-    x = networks(6, 3)
-    one, other = (
-        solve(rows_of(x, x @ costs()), shrinkage(ridge, prior=np.full(len(FEATURES), p))).at(np.zeros(0))
-        for p in (1.0, 1e4)
-    )
-    assert other.costs == pytest.approx(one.costs, rel=1e-6)
-    assert other.spread(x) == pytest.approx(one.spread(x), rel=1e-6)
-
-
-def test_effects_are_recovered_and_applied_at_their_place():
-    x = networks(60, 1)
-    alone = np.repeat([0.0, 1.0], 30)[:, None]
-    ms = (x @ costs()) * np.exp(-0.2 * alone[:, 0])
-    found = solve(rows_of(x, ms, alone), shrinkage(1e-9, effects=1))
-    assert found.effects[0] == pytest.approx(-0.2, abs=1e-3)
-    assert found.at(np.ones(1)).costs == pytest.approx(found.at(np.zeros(1)).costs * np.exp(found.effects[0]))
-
-
-def test_weights_decide_between_disagreeing_rows():
-    x = np.tile(networks(1, 0), (2, 1))
-    ms = np.array([100.0, 110.0])
-    heavy = solve(rows_of(x, ms, weights=np.array([1.0, 1e4])), shrinkage()).at(np.zeros(0))
-    assert heavy.ms(x[:1])[0] == pytest.approx(110.0, rel=1e-3)
-
-
-def test_spread_is_that_of_ordinary_least_squares_where_nothing_is_constrained():
-    # Closed form: variance of a relative prediction = 1 + a (A'A + ridge)^-1 a', here one feature seen four times.
-    x = np.zeros((4, len(FEATURES)))
-    x[:, INDEX[0]] = 2.0
-    place = solve(rows_of(x, np.full(4, 10.0)), shrinkage(1e-9)).at(np.zeros(0))
-    assert place.spread(x[:1])[0] == pytest.approx(np.sqrt(1 + 1 / 4), rel=1e-4)
-
-
-def test_spread_grows_on_features_that_no_row_has():
-    x = networks(30, 0)
-    place = solve(rows_of(x, x @ costs()), shrinkage(0.01)).at(np.zeros(0))
-    strange = x[:1].copy()
-    strange[0, FEATURES.index("depthwise.bytes")] = 10 * strange.sum()
-    assert place.spread(strange)[0] > 2 * place.spread(x[:1])[0]
-
-
-# Predictor
 
 
 def test_noise_is_averaged_out_and_blocks_find_their_scale(fitted):
@@ -329,9 +166,6 @@ def test_a_missing_feature_shows_in_the_card(tmp_path, fitted):
     assert card["held_out"]["mape"] > 2 * fitted.card["held_out"]["mape"]
 
 
-# Card
-
-
 def test_the_card_tells_the_truth_about_the_noise(fitted):
     card = fitted.card
     held = card["held_out"]
@@ -423,182 +257,6 @@ def test_held_out_rows_are_not_in_the_fit_that_predicts_them(tmp_path):
     after = {row.name: row.predicted for row in held_out(problem(rows, known, sheet)[0])}
     assert after[rows[4].subject] == before[rows[4].subject]
     assert after[rows[3].subject] != before[rows[3].subject]
-
-
-# Prior, sheet and pooled chips
-
-
-def test_the_roofline_is_stated_per_byte_really_moved(tmp_path):
-    prior = roofline(sheet_in(tmp_path))
-    # fp16: a feature's gigabyte at float32 is half a gigabyte on the wire.
-    assert prior[FEATURES.index("conv.bytes")] == 100.0
-    assert prior[FEATURES.index("conv.macs")] == 25.0
-    assert prior[FEATURES.index("norm.count")] == 10.0
-
-
-def test_a_sheet_without_a_roofline_or_with_unknown_settings_is_refused(tmp_path):
-    rows, known = simulate(n=6)
-    with pytest.raises(UsageError, match=r"fit\.chip_ds.*did you mean 'fit\.chip_sd'"):
-        fit(rows, known, sheet_in(tmp_path, extra="[fit]\nchip_ds = 0.1\n"))
-    path = tmp_path / f"{SLUG}.toml"
-    path.write_text(path.read_text().replace("ms_per_gb = 200.0", "ms_per_gb = 0.0"))
-    with pytest.raises(UsageError, match=r"roofline\.ms_per_gb must be a positive number"):
-        roofline(load_sheet(path))
-
-
-def test_another_predictor_can_be_the_prior(tmp_path, fitted):
-    rows, known = simulate(n=5, noise=0.0, seed=40)
-    slower = [measured(r.subject, 2 * r.latency_ms) for r in rows]
-    sheet = sheet_in(tmp_path)
-    x = networks(100, 3)
-    truth = 2 * x @ costs()
-
-    def error(predictor):
-        return np.abs(predictor.predict(x, unseen="prior")[0] / truth - 1).mean()
-
-    assert error(fit(slower, known, sheet, prior=fitted.coefficients)) < 0.5 * error(fit(slower, known, sheet))
-
-
-def pooled(noise=0.01, seed=0):
-    """Five networks on three chips whose speeds follow tops to the power 0.7; the target's chip ran only two."""
-    rng = np.random.default_rng(seed)
-    x = networks(5, seed)
-    rows, known = [], {}
-    for i, vector in enumerate(x):
-        known[f"n{i}"] = subject(f"n{i}", vector)
-        for chip, tops in (("new", 40.0), ("old", 10.0), ("older", 5.0)):
-            if chip != "new" or i < 2:
-                ms = vector @ costs() * (tops / 40.0) ** -0.7 * np.exp(noise * rng.standard_normal())
-                rows.append(measured(f"n{i}", ms, chip=chip, kind="reference"))
-    return rows, known
-
-
-def test_chips_are_pooled_and_predictions_are_the_targets(tmp_path):
-    rows, known = pooled()
-    sheet = sheet_in(tmp_path, extra=CHIPS)
-    posed, _ = problem(rows, known, sheet)
-    everything = np.ones(len(posed.names), bool)
-    final = chosen(posed, everything)
-    predictor = calibrated(final, everything, posed.target_effects)
-    factors = chip_factors(final)
-    assert factors["older"] == pytest.approx(8**0.7, rel=0.1)
-    assert factors["new"] == 1.0
-    x = np.array([known[f"n{i}"].vector for i in range(5)])
-    assert predictor.predict(x)[0] == pytest.approx(x @ costs(), rel=0.1)
-
-
-def test_every_part_of_a_pooled_model_is_tried(tmp_path):
-    rows, known = pooled()
-    posed, _ = problem(rows, known, sheet_in(tmp_path, extra=CHIPS))
-    by_network, by_row, by_chip = trials(posed, np.ones(len(posed.names), bool))
-    assert [len(by_network), len(by_row), len(by_chip)] == [5, 12, 3]
-    assert all(mask.sum() == 1 for mask in by_row)
-    assert sum(int(mask.sum()) for mask in by_network) == sum(int(mask.sum()) for mask in by_chip) == 12
-
-
-def test_a_chip_held_out_is_priced_by_the_trend(tmp_path):
-    rows, known = pooled(noise=0.0)
-    two = [row for row in rows if row.chip != "older"]
-    posed, _ = problem(two, known, sheet_in(tmp_path, extra=CHIPS))
-    found = {(row.name, row.chip): row.error for row in held_out_chips(posed)}
-    assert len(found) == 7
-    # Without "old" only the first guess of the exponent is left: 0.5 where the truth is 0.7, so 4^0.2 too fast.
-    assert found["n1", "old"] == pytest.approx(4**-0.2 - 1, abs=0.15)
-
-
-def test_a_chip_that_the_sheet_does_not_list_is_an_error(tmp_path):
-    rows, known = pooled()
-    rows.append(measured("n0", 3.0, chip="mew", kind="reference"))
-    with pytest.raises(UsageError, match=r"unknown chip 'mew'.*did you mean 'new'"):
-        fit(rows, known, sheet_in(tmp_path, extra=CHIPS))
-
-
-# Files
-
-
-def test_refit_writes_what_load_reads_and_a_changed_table_is_stale(tmp_path):
-    rows, known = simulate(n=6)
-    sheet_in(tmp_path)
-    with pytest.raises(NasError, match="has no fitted latency predictor") as caught:
-        load_predictor("toy", tmp_path)
-    assert caught.value.hint == "nas measure --target toy --fit-only"
-    tables.append(SLUG, rows, tmp_path)
-    tables.write_subjects(SLUG, known.values(), tmp_path)
-    written = refit("toy", tmp_path)
-    first = (tmp_path / f"{SLUG}.predictor.json").read_bytes()
-    assert json.dumps(load_predictor(SLUG, tmp_path).to_json()) == json.dumps(written.to_json())
-    refit("toy", tmp_path)
-    assert (tmp_path / f"{SLUG}.predictor.json").read_bytes() == first
-    tables.append(SLUG, [measured("network000", 5.0, session="s2")], tmp_path)
-    with pytest.raises(NasError, match="another state of the table"):
-        load_predictor("toy", tmp_path)
-
-
-# The shipped iPhone table
-
-IPHONE = "iphone-16-pro-max--coreml--fp16"
-
-
-def iphone_problem():
-    sheet = load_sheet(tables.table_path(IPHONE, ".toml"))
-    return problem(tables.read(IPHONE), tables.subjects(IPHONE), sheet)[0]
-
-
-def test_snapgen_left_out_of_the_fit_lies_inside_its_interval():
-    """Show 3 of the first issue: 274 ms per step, predicted by a fit that saw neither the network nor its chip."""
-    posed = iphone_problem()
-    out = posed.networks == "snapgen-unet-1024"
-    assert out.sum() == 1
-    assert posed.rows.ms[out][0] == 274.0
-    assert posed.chips[out][0] == "A18 Pro"
-    assert "A18 Pro" not in posed.chips[~out]
-    predictor = calibrated(chosen(posed, ~out), ~out, posed.target_effects)
-    x = posed.rows.features[out]
-    assert kinds_of(x) - set(predictor.seen) == {"depthwise"}
-    with pytest.raises(NasError, match="kind depthwise"):
-        predictor.predict(x)
-    for level in (0.8, 0.9):
-        _, low, high = predictor.predict(x, level, unseen="prior")
-        assert low[0] < 274.0 < high[0]
-        assert high[0] / low[0] < 2.5
-
-
-def test_the_shipped_iphone_predictor_belongs_to_its_table():
-    predictor = load_predictor("iphone")
-    subjects = tables.subjects(IPHONE)
-    x = subjects["snapgen-unet-1024"].vector[None]
-    ms, low, high = (float(v[0]) for v in predictor.predict(x, 0.8))
-    assert low < 274.0 < high
-    assert ms == pytest.approx(274.0, rel=0.05)
-    assert predictor.card["never_seen"] == []
-    assert predictor.card["interval"]["method"] == "Student-t with 4 degrees of freedom"
-    held = predictor.card["held_out"]
-    assert held["rows"] == 15
-    assert held["mape"] < 0.12
-    for share in held["coverage"].values():
-        assert share["measured"] >= share["nominal"] - 0.1
-
-
-def test_the_iphones_fixed_parts_make_the_headline():
-    decoder, text = tables.fixed_parts(IPHONE, ("decoder", "text_encoders"), 1024)
-    assert (decoder.ms, text.ms) == (119.0, 185.0)
-    assert "derived" in text.source
-    assert 4 * 274.0 + decoder.ms + text.ms == 1400.0
-
-
-def test_published_rows_are_used_once_and_exclusions_have_reasons():
-    used = [row for row in tables.read(IPHONE) if row.used]
-    assert len({(row.subject, row.device) for row in used}) == len(used)
-    assert all("memory" not in row.source for row in tables.read(IPHONE))
-    assert {row.subject for row in used} == set(tables.subjects(IPHONE))
-    assert not any(row.latency_ms == 1700.0 for row in used)
-
-
-def test_place_prices_are_plain_products():
-    place = Place(costs=costs(), unit=costs() + 1, covariance=np.zeros((len(FEATURES) + 1,) * 2))
-    x = networks(3, 0)
-    assert place.ms(x) == pytest.approx((x * costs()).sum(axis=1))
-    assert place.spread(x) == pytest.approx(np.ones(3))
 
 
 def test_the_first_size_with_empirical_quantiles_is_stated():

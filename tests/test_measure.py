@@ -20,7 +20,7 @@ from nas.device import DeviceSheet, Target, find_target, load_sheet
 from nas.errors import NasError, UsageError
 from nas.measure import sampling
 from nas.measure import subjects as subjects_module
-from nas.measure.session import Session, pick_anchors
+from nas.measure.session import Session, began, pick_anchors
 from nas.measure.subjects import Subject
 from nas.measure.timing import Clocks, Protocol, Samples, describe, statistic_for, time_group
 from nas.space import SearchSpace, load_space
@@ -235,7 +235,7 @@ def test_a_session_measures_everything_once_and_anchors_in_every_group(
     assert sorted(others) == sorted({s.key for s in subjects} - anchors)
     row = groups[0][-1]
     assert row.latency_ms == pytest.approx(10.0 + int(row.subject[1]))
-    assert (row.session, row.statistic, row.flagged, row.device) == ("s1", "min_cpu", "", "cpu")
+    assert (row.session, row.statistic, row.flagged, row.device) == ("s1/01", "min_cpu", "", "cpu")
     assert len(row.samples_ms) == len(row.cpu_samples_ms) == QUICK.repeats
     assert "runtime scripted" in row.environment
 
@@ -359,7 +359,7 @@ def test_repeatability_is_the_gap_between_sessions(tmp_path: Path, chosen: list[
     rows = tables.read(sheet.slug, tmp_path)
     slower = {r.subject: 1.0 + 0.01 * int(r.subject[1]) for r in rows}
     odd = [
-        replace(r, latency_ms=r.latency_ms * (slower[r.subject] if r.session == steady.sessions[0] else 1.0))
+        replace(r, latency_ms=r.latency_ms * (slower[r.subject] if began(r.session) == steady.sessions[0] else 1.0))
         for r in rows
     ]
     # Gaps of 0 to 6 %; the sessions are aligned by their median first, which is 3 %.

@@ -19,6 +19,7 @@ REQUIRED = {
     "exporters": ("export", "unavailable"),
     "backends": ("load", "unavailable"),
     "objectives": ("Objective",),
+    "tasks": ("Task",),
 }
 
 

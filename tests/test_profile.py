@@ -54,7 +54,7 @@ def snapgen(space):
 
 @pytest.fixture(scope="module")
 def whole(space):
-    return profile_space(space, Linear(), n=60, seed=1)
+    return profile_space(space, Linear(), n=24, seed=1)
 
 
 def test_the_reference_has_its_published_parameters(snapgen):
@@ -124,7 +124,7 @@ def test_torch_on_meta_agrees_with_ours_to_the_last_mac(space):
 def test_thop_and_fvcore_leave_out_attention_and_the_rule_brings_it_back(space):
     found = {(c.counter, c.deployed): c for c in compare(space.reference("snapgen"))}
     ours = found[OURS, True].macs
-    assert set(name for name, _ in found) == {OURS, TORCH, THOP, FVCORE, FVCORE_SDPA}
+    assert {name for name, _ in found} == {OURS, TORCH, THOP, FVCORE, FVCORE_SDPA}
     assert {c.latent for c in found.values()} == {"8×8"}
     attention = sum(
         block.features[FEATURES.index("attention.macs")] * 1e9
@@ -161,11 +161,11 @@ def test_weightless_parameters_take_no_memory_and_keep_their_shapes(space):
 
 
 def test_quantiles_are_those_of_the_sample(whole, space):
-    prices = Pricer(space).rows(space.sample(60, 1))
+    prices = Pricer(space).rows(space.sample(24, 1))
     assert whole.costs["macs"].tolist() == prices.macs.tolist()
     assert whole.quantiles.loc[0.5, "params"] == np.median(prices.params)
     assert whole.quantiles.loc[1.0, "step_ms"] == (prices.features @ Linear.costs).max()
-    assert whole.sampled == 60
+    assert whole.sampled == 24
 
 
 def test_effects_of_a_cost_that_is_known(space):
@@ -236,5 +236,5 @@ def test_pages_are_whole_and_offline(kind, snapgen, whole, tmp_path):
         assert "far outside what was fitted" in body
         assert body.count("<tr>") == len(snapgen.blocks) + 1
     else:
-        assert "60 candidates drawn uniformly" in body
+        assert "24 candidates drawn uniformly" in body
         assert "moves latency most" in body

@@ -1,4 +1,4 @@
-"""The search loop, with a priced toy space and an instant proxy: what is killed at any write resumes to the same trials."""
+"""The search loop, with a priced toy space and an instant proxy: killed at any write, it resumes to the same trials."""
 
 from __future__ import annotations
 
@@ -65,9 +65,7 @@ class FakeEvaluator:
     space: SearchSpace
     sheet: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(slug="toy--none--fp32"))
     predictor: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(to_json=lambda: {"kind": "toy"}))
-    terms: Terms = Terms(
-        budget=Budget(ms=35.0, per_step=True, device="toy"), calls=1, parts=(), confidence=0.8
-    )
+    terms: Terms = Terms(budget=Budget(ms=35.0, per_step=True, device="toy"), calls=1, parts=(), confidence=0.8)
 
     def price(self, candidates, source="search"):
         rows = []
@@ -107,9 +105,7 @@ class Inline(Executor):
             future.set_exception(NasError("the student diverged"))
         else:
             value = candidate.values["width"] ** 0.5 + 0.1 * candidate.values["depth"]
-            future.set_result(
-                quality_of(value + (0.3 if candidate.values["kind"] == "full" else 0.0))
-            )
+            future.set_result(quality_of(value + (0.3 if candidate.values["kind"] == "full" else 0.0)))
         return future
 
 
@@ -165,7 +161,7 @@ def test_stops_by_itself_when_the_feasible_space_is_exhausted(plan, tmp_path, mo
     monkeypatch.setattr(study, "_EXHAUSTED", 150)
     space = plan.evaluator.space
     feasible = {e.key for e in plan.evaluator.price(list(space.enumerate())) if e.feasible}
-    trials, asked = run(replace(plan, trials=500), tmp_path / "a")
+    _, asked = run(replace(plan, trials=500), tmp_path / "a")
     assert len(asked) == len(set(asked)) <= len(feasible) + 1
     assert len(asked) >= 0.9 * len(feasible)
 
@@ -271,9 +267,8 @@ def test_a_damaged_journal_is_one_sentence(plan, tmp_path):
 
 def test_two_searches_cannot_share_a_folder(plan, tmp_path):
     (tmp_path / "a").mkdir()
-    with Study(plan, tmp_path / "a", executor=Inline()):
-        with pytest.raises(NasError, match="another search is running"):
-            Study(plan, tmp_path / "a", executor=Inline()).__enter__()
+    with Study(plan, tmp_path / "a", executor=Inline()), pytest.raises(NasError, match="another search is running"):
+        Study(plan, tmp_path / "a", executor=Inline()).__enter__()
     with Study(plan, tmp_path / "a", executor=Inline()):
         pass
 

@@ -17,8 +17,8 @@ from nas.errors import NasError
 from nas.families.unet import Scale, scaled
 from nas.network import block
 from nas.space import load_space
-from nas.trace import block_trace, cache, module_trace, trace_block, trace_module
 from nas.trace import _memory as memory
+from nas.trace import block_trace, cache, module_trace, trace_block, trace_module
 
 C, H, W, T, D = 16, 4, 6, 5, 12
 
@@ -130,8 +130,8 @@ def test_networks_agree_with_torchs_counter_exactly(attention):
         text_tokens=7,
         text_width=24,
     )
-    choices = {**dict(space.reference("snapgen").choices), "attention": attention, "conv_1": "full"}
-    spec = scaled(space.candidate(**{**choices, "self_attention_1": True}), scale)
+    choices = {"attention": attention, "conv_1": "full", "self_attention_1": True, "depth_1": 1, "depth_2": 1}
+    spec = scaled(space.candidate(**{**dict(space.reference("snapgen").choices), **choices}), scale)
     network = build(spec, "meta")
     given = {
         "sample": torch.empty(1, 4, 16, 8, device="meta"),
@@ -234,6 +234,8 @@ def test_published_parts_of_a_pipeline_can_be_traced():
     assert decoded.macs == pytest.approx(283e9, rel=0.01)  # reference/snapgen.md section 2: TAESD at 128x128
     encoded = module_trace(encoder, {"input_ids": torch.zeros(1, 77, dtype=torch.long)})
     assert total(encoded.ops, "attention") == 2 * 2 * 77 * 77 * 64
+    tables = [op.weight_bytes for op in encoded.ops if op.kind == "lookup" and op.weight_bytes]
+    assert tables == [4 * 77 * 64, 4 * 77 * 64], "only the rows that are looked up are read"
 
 
 # The cache

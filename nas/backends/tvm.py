@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nas.backends import Loaded, require
 from nas.device import Target
+from nas.errors import NasError
 from nas.exporters import missing
 from nas.exporters import tvm as tvm_exporter
 
@@ -28,13 +29,18 @@ def load(module: nn.Module, inputs: Mapping[str, Tensor], target: Target) -> Loa
     """Compiles `module` and binds `inputs`.
 
     Raises:
-        UsageError: the target asks for another device, precision or more than one thread (TVM's pool takes its size
-            from the environment when the process starts, so it cannot be promised here).
-        NasError: an operator has no Relax form.
+        UsageError: the target asks for another device, precision or more than one thread (untuned schedules are
+            serial: more would change nothing).
+        NasError: an operator has no Relax form, or TVM's thread pool does not take the size asked for.
     """
     require(target, inputs, runtime=NAME, precisions={"fp32"}, threads={1})
     import tvm
 
+    # Mode 1 counts from the fastest cores, whatever the environment says.
+    tvm.get_global_func("runtime.config_threadpool")(1, target.threads)
+    threads = int(tvm.get_global_func("runtime.NumThreads")())
+    if threads != target.threads:
+        raise NasError(f"TVM runs on {threads} threads, target {target.slug} asks for {target.threads}")
     executable, names = tvm_exporter.compile_module(module, inputs, threads=target.threads)
     device = tvm.cpu()
     machine = tvm.relax.VirtualMachine(executable, device)
@@ -51,7 +57,7 @@ def load(module: nn.Module, inputs: Mapping[str, Tensor], target: Target) -> Loa
             "runtime": NAME,
             "provider": f"llvm {tvm_exporter.host_target(target.threads)['mcpu']}, untuned",
             "precision": "fp32",
-            "threads": target.threads,
+            "threads": threads,
             "tvm": tvm.__version__,
         },
     )

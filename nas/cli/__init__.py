@@ -49,6 +49,8 @@ for verb in (
     search.report,
     cost.profile,
     cost.measure,
+    handover.train,
+    handover.sample,
     handover.export,
 ):
     app.command()(verb)

@@ -117,8 +117,7 @@ def _print_profile(found: Profile) -> None:
             note(warning)
     if found.counts:
         counted = [(c.counter, c.latent, c.macs and c.macs / 1e9, c.params, c.leaves_out) for c in found.counts]
-        header = ("counter", "latent", "GMACs", "params", "leaves out")
-        result("\n" + table(header, counted, right=(2, 3)))
+        result("\n" + table(("counter", "latent", "GMACs", "params", "leaves out"), counted, right=(2, 3)))
 
 
 def _print_space(found: SpaceProfile) -> None:

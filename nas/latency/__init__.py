@@ -93,7 +93,7 @@ def fit(
     predictor = calibrated(final, everything, posed.target_effects)
     about = card(final, predictor)
     about["excluded"] = sum(not row.used for row in measurements)
-    about["sessions"] = len({row.session for row in measurements if row.used})
+    about["sessions"] = len({row.session.partition("/")[0] for row in measurements if row.used})
     about["noise_floor"] = tables.noise_floor(o for o in found if o.kind != "block")
     about["notes"] = _notes(found, sheet)
     return replace(predictor, card=about)

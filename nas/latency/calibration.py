@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import kendalltau, spearmanr
 
 from nas.latency.predictor import EMPIRICAL_FROM, LatencyPredictor, kinds_of
 from nas.latency.problem import CHIP_FACTORS, RIDGES, Problem
@@ -219,6 +218,9 @@ def chip_factors(posed: Problem) -> dict[str, float]:
 
 def summary(rows: Sequence[HeldOut], method: str) -> dict[str, Any]:
     """Errors and measured coverage of held-out rows."""
+    # Only a fit needs these, and they take longer to import than a predictor takes to load.
+    from scipy.stats import kendalltau, spearmanr
+
     errors = np.array([row.error for row in rows])
     truth, predicted = np.array([row.ms for row in rows]), np.array([row.predicted for row in rows])
     worst = rows[int(np.argmax(np.abs(errors)))]

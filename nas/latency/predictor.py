@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtr, stdtrit
 
 from nas.errors import NasError, UsageError
 from nas.latency.regression import Place
@@ -187,7 +187,7 @@ class LatencyPredictor:
 
     def _log_quantile(self, x: np.ndarray, q: float) -> np.ndarray:
         n = len(self.residuals)
-        tail = np.log(self.place.ms(x)) + float(student.ppf(q, n - 1)) * self.sd * self._half_width(x)
+        tail = np.log(self.place.ms(x)) + float(stdtrit(n - 1, q)) * self.sd * self._half_width(x)
         if n < EMPIRICAL_FROM:
             return tail
         believed = self._believed(x)
@@ -203,7 +203,7 @@ class LatencyPredictor:
     def _probability(self, x: np.ndarray, log_ms: float) -> np.ndarray:
         n = len(self.residuals)
         distance = (log_ms - np.log(self.place.ms(x))) / (self.sd * self._half_width(x))
-        tail = student.cdf(distance, n - 1)
+        tail = stdtr(n - 1, distance)
         if n < EMPIRICAL_FROM:
             return np.asarray(tail)
         below = (self._believed(x) <= log_ms).sum(axis=1)

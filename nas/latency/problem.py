@@ -62,6 +62,7 @@ class Problem:
         networks: [n] the subject's key; rows of one network are held out together. "" for a block.
         chips: [n].
         shrinkage: the prior; its ridge is chosen among `RIDGES`.
+        sheet_ridge: [E] ridges of the effects as the sheet has them.
         chip_effects: [E] which effects are a chip's deviation from the trend.
         target_effects: [E] the target's row of the effects design: its chip, a whole network.
     """
@@ -72,6 +73,7 @@ class Problem:
     chips: np.ndarray
     rows: Rows
     shrinkage: Shrinkage
+    sheet_ridge: np.ndarray
     chip_effects: np.ndarray
     target_effects: np.ndarray
 
@@ -81,10 +83,8 @@ class Problem:
         return tuple(sorted(set(self.networks) - {""}))
 
     def shrunk(self, *, ridge: float | None = None, chip_sd: float = 1.0) -> Problem:
-        """The same rows under another ridge, or with the sheet's chip_sd times a factor."""
-        effect_ridge = np.where(
-            self.chip_effects, self.shrinkage.effect_ridge / chip_sd**2, self.shrinkage.effect_ridge
-        )
+        """The same rows under another ridge, and with the sheet's chip_sd times a factor."""
+        effect_ridge = np.where(self.chip_effects, self.sheet_ridge / chip_sd**2, self.sheet_ridge)
         kept = self.shrinkage.ridge if ridge is None else ridge
         return replace(self, shrinkage=replace(self.shrinkage, ridge=kept, effect_ridge=effect_ridge))
 
@@ -127,6 +127,7 @@ def problem(
         chips=np.array([o.chip for o in found], dtype=object),
         rows=rows,
         shrinkage=Shrinkage(prior=costs, ridge=RIDGES[0], centre=centre, effect_ridge=ridge),
+        sheet_ridge=ridge,
         chip_effects=of_chips,
         target_effects=target_effects,
     )

@@ -15,7 +15,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import nnls
 
 _STEPS = 60
 _LARGEST_STEP = 0.5  # of an effect, per iteration: exp() overshoots from far away
@@ -169,6 +168,9 @@ def _penalty(shrinkage: Shrinkage) -> tuple[np.ndarray, np.ndarray]:
 
 def _mixed_nnls(design: np.ndarray, target: np.ndarray, *, n_free: int) -> np.ndarray:
     """Least squares with all but the last `n_free` unknowns non-negative: a free one is a difference of two."""
+    # Reading a predictor needs no solver, and this import is the slowest part of it.
+    from scipy.optimize import nnls
+
     bounded = design.shape[1] - n_free
     solved, _ = nnls(np.hstack([design, -design[:, bounded:]]), target, maxiter=100 * design.shape[1])
     return np.concatenate([solved[:bounded], solved[bounded : bounded + n_free] - solved[bounded + n_free :]])

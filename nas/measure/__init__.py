@@ -19,7 +19,7 @@ from nas import registry, tables
 from nas.device import DeviceSheet
 from nas.errors import NasError, unknown
 from nas.measure.sampling import known_subjects, sample_blocks, sample_networks
-from nas.measure.session import Session, pick_anchors
+from nas.measure.session import Session, began, pick_anchors
 from nas.measure.subjects import Subject, components
 from nas.measure.timing import Clocks, Protocol, Samples
 from nas.provenance import processor
@@ -50,6 +50,7 @@ class MeasureSummary:
         lacking: subjects that still have fewer unflagged sessions than asked for: run the same command again.
         repeatability: median over subjects of (largest - smallest) / smallest between unflagged sessions, the table's
             earlier ones included; None where no subject has two.
+        chip: the processor of this machine; a fit reads only the rows of the chip that its sheet names.
         contention: median of wall over CPU time; 1 on a quiet machine with one thread.
         wall_s, cpu_s: what the run took, preparation included.
     """
@@ -61,6 +62,7 @@ class MeasureSummary:
     skipped: int
     lacking: int
     repeatability: float | None
+    chip: str
     contention: float | None
     wall_s: float
     cpu_s: float
@@ -97,18 +99,16 @@ def run(
         NasError: the target has no backend or it is unavailable, the machine is not the one that the sheet describes,
             or a subject fails on the backend.
     """
-    began, cpu = time.perf_counter(), time.process_time()
+    start, cpu = time.perf_counter(), time.process_time()
     backend = _backend(target)
-    protocol, limits = settings(target)
+    protocol, _ = settings(target)
     protocol = protocol if repeats is None else replace(protocol, repeats=repeats)
     report = progress or (lambda message, done, total: None)
     report("choosing subjects", 0, blocks + networks)
-    batch = target.target.batch
-    pixels = {row.subject: row.resolution_px for row in tables.read(target.slug, folder)}
-    known = known_subjects(space, tables.subjects(target.slug, folder), pixels, batch=batch)
-    subjects = choose(space, blocks, networks, seed=seed, limits=limits, batch=batch, known=known)
+    known = _known(space, target, folder)
+    subjects = _planned(space, target, blocks, networks, seed, known)
     tables.write_subjects(target.slug, [_table_subject(s) for s in subjects], folder)
-    anchors = pick_anchors(subjects)
+    anchors = _anchors(subjects, known, tables.read(target.slug, folder))
     written: list[tables.Measurement] = []
     had = _sessions_of(target.slug, folder)
     for number in range(sessions):
@@ -132,16 +132,50 @@ def run(
             report(message, done, len(todo))
     return MeasureSummary(
         path=tables.table_path(target.slug, ".csv", folder),
-        sessions=tuple(dict.fromkeys(row.session for row in written)),
+        sessions=tuple(dict.fromkeys(began(row.session) for row in written)),
         rows=len(written),
         flagged=sum(bool(row.flagged) for row in written),
         skipped=sum(len(had.get(s.key, {})) >= sessions for s in subjects),
         lacking=sum(len(_sessions_of(target.slug, folder).get(s.key, {})) < sessions for s in subjects),
         repeatability=_repeatability(tables.read(target.slug, folder), {s.key for s in subjects}),
+        chip=processor(),
         contention=_contention(written),
-        wall_s=time.perf_counter() - began,
+        wall_s=time.perf_counter() - start,
         cpu_s=time.process_time() - cpu,
     )
+
+
+def plan(
+    space: SearchSpace, target: DeviceSheet, blocks: int, networks: int, *, seed: int = 0, folder: Path | None = None
+) -> tuple[Subject, ...]:
+    """The subjects that `run` would measure with the same arguments; nothing is measured or written."""
+    return _planned(space, target, blocks, networks, seed, _known(space, target, folder))
+
+
+def _planned(
+    space: SearchSpace, target: DeviceSheet, blocks: int, networks: int, seed: int, known: Sequence[Subject]
+) -> tuple[Subject, ...]:
+    _, limits = settings(target)
+    return choose(space, blocks, networks, seed=seed, limits=limits, batch=target.target.batch, known=known)
+
+
+def _known(space: SearchSpace, target: DeviceSheet, folder: Path | None) -> tuple[Subject, ...]:
+    pixels = {row.subject: row.resolution_px for row in tables.read(target.slug, folder)}
+    return known_subjects(space, tables.subjects(target.slug, folder), pixels, batch=target.target.batch)
+
+
+def _anchors(
+    subjects: Sequence[Subject], known: Sequence[Subject], rows: Sequence[tables.Measurement]
+) -> tuple[Subject, ...]:
+    """The anchors of earlier sessions on this machine, without which sessions cannot be aligned; new ones at first."""
+    here = processor()
+    labels: dict[str, set[str]] = {}
+    for row in rows:
+        if row.chip == here:
+            labels.setdefault(row.subject, set()).add(row.session)
+    everywhere = set().union(*labels.values())
+    earlier = tuple(s for s in known if len(everywhere) > 1 and labels.get(s.key) == everywhere)
+    return earlier or pick_anchors(subjects)
 
 
 def choose(
@@ -229,7 +263,7 @@ def _sessions_of(slug: str, folder: Path | None) -> dict[str, dict[str, str]]:
     here = processor()
     for row in tables.read(slug, folder):
         if row.used and row.chip == here:
-            found.setdefault(row.subject, {})[row.session] = row.measured_at
+            found.setdefault(row.subject, {})[began(row.session)] = row.measured_at
     return found
 
 

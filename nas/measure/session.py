@@ -1,4 +1,8 @@
-"""One session: subjects in interleaved groups, anchors in every group, drifting groups flagged and tried again."""
+"""One session: subjects in interleaved groups, anchors in every group, drifting groups flagged and tried again.
+
+A row's session is written "<when the session began>/<group>": a shared machine changes its pace within a session too,
+and the anchors tell the pace of every group, so that `nas.tables.observations` can align group with group.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +33,11 @@ def pick_anchors(subjects: Sequence[Subject]) -> tuple[Subject, ...]:
     count = min(_MOST_ANCHORS, max(1, len(by_size) // 4))
     places = [int((i + 1) * len(by_size) / (count + 1)) for i in range(count)]
     return tuple(by_size[place] for place in places) if by_size else ()
+
+
+def began(label: str) -> str:
+    """The session of a row's label "<session>/<group>"."""
+    return label.partition("/")[0]
 
 
 @dataclass(kw_only=True)
@@ -71,7 +80,10 @@ class Session:
                 last = not flag or not tries_left
                 done += len(group) if last else 0
                 # The anchors' rows are this group's too, whether or not they were asked for.
-                rows = [self._row(s, samples[s.key], loaded[s.key], flag, statistic) for s in (*self.anchors, *group)]
+                rows = [
+                    self._row(s, samples[s.key], loaded[s.key], f"{self.name}/{turn:02d}", flag)
+                    for s in (*self.anchors, *group)
+                ]
                 yield rows, f"session {self.name}: {flag or 'anchors steady'}", done
                 if last:
                     break
@@ -113,8 +125,8 @@ class Session:
         ratios = [samples[a.key].latency(statistic) / self.best[a.key] - 1 for a in self.anchors]
         return float(np.median(ratios)) if ratios else 0.0
 
-    def _row(self, subject: Subject, samples: Samples, loaded: Loaded, flag: str, statistic: str) -> tables.Measurement:
-        target = self.sheet.target
+    def _row(self, subject: Subject, samples: Samples, loaded: Loaded, label: str, flag: str) -> tables.Measurement:
+        target, statistic = self.sheet.target, statistic_for(self.sheet)
         return tables.Measurement(
             target=self.sheet.slug,
             subject=subject.key,
@@ -123,7 +135,7 @@ class Session:
             statistic=statistic,
             samples_ms=samples.wall_ms,
             cpu_samples_ms=samples.cpu_ms,
-            session=self.name,
+            session=label,
             flagged=flag,
             batch=target.batch,
             device=target.device,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -22,6 +22,7 @@ from nas.paths import atomic_write
 
 Figure = dict[str, Any]
 _HERE = Path(__file__).parent
+_LONG = 40  # a text of more characters is broken into lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,27 +104,32 @@ def table(
 
 def _cell(value: Cell | str) -> str:
     cell = value if isinstance(value, Cell) else Cell(text=value)
-    figure = isinstance(cell.sort, int | float)
+    is_figure = isinstance(cell.sort, int | float)
     order = "" if cell.sort is None else f' data-sort="{escape(cell.sort)}"'
     text = f"<code>{escape(cell.text)}</code>" if cell.code else escape(cell.text)
-    return f'<td class="number"{order}>{text}</td>' if figure else f"<td{order}>{text}</td>"
+    kind = "number" if is_figure else "long" if len(cell.text) > _LONG and not cell.code else ""
+    return f'<td class="{kind}"{order}>{text}</td>' if kind else f"<td{order}>{text}</td>"
 
 
 def figure(slug: str, content: Figure, words: str) -> str:
     """A figure with its legend; `words` says for a reader who cannot see it what it shows."""
     legend = content.get("layout", {}).get("meta", {}).get("legend", [])
-    items = "".join(
-        f'<button type="button" class="key" data-traces="{escape(json.dumps(item["traces"]))}">'
-        f'<span class="swatch {escape(item.get("shape", "dot"))}" style="--swatch:{_css(item["color"])}"></span>'
-        f"{escape(item['name'])}</button>"
-        for item in legend
-    )
+    items = "".join(_legend_item(item) for item in legend)
     height = int(content.get("layout", {}).get("height", 420))
     return (
         f'<figure id="{escape(slug)}"><div class="legend">{items}</div>'
         f'<div class="plot" style="height:{height}px" role="img" aria-label="{escape(words)}"></div>'
         f'<script type="application/json" class="figure-data">{as_json(content)}</script></figure>'
     )
+
+
+def _legend_item(item: Mapping[str, Any]) -> str:
+    """A swatch and a name; a click hides and shows its traces, if it has any."""
+    swatch = f'<span class="swatch {escape(item.get("shape", "dot"))}" style="--swatch:{_css(item["color"])}"></span>'
+    text = swatch + escape(item["name"])
+    if not item["traces"]:
+        return f"<span>{text}</span>"
+    return f'<button type="button" class="key" data-traces="{escape(json.dumps(item["traces"]))}">{text}</button>'
 
 
 def views(slug: str, choices: Sequence[tuple[str, str]]) -> str:

@@ -10,7 +10,7 @@ whole numbers never do. A skip may be taken by one block only, which holds for e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 
@@ -168,8 +168,7 @@ class Pricer:
     def _tables(self) -> tuple[_Table, ...]:
         tables = []
         for index, members in grouped([slot.index for slot in self._slots]):
-            rows = index.rows(len(self.space.choices))
-            blocks = self._blocks_at(rows, members)
+            blocks = self._blocks_at(self._entries(index.rows(len(self.space.choices))), members)
             tables.append(
                 _Table(
                     index=index,
@@ -181,24 +180,29 @@ class Pricer:
 
     # Prices
 
-    def _blocks_at(self, rows: np.ndarray, members: list[int]) -> np.ndarray:
-        """Distinct-block indices [n, members] of some slots."""
-        return np.stack([self._slots[i].block[self._slots[i].index.of(rows)] for i in members], axis=1)
+    def _entries(self, rows: np.ndarray) -> dict[Index, np.ndarray]:
+        """The combination [n] that each row has under every index in use; slots share them."""
+        rows = np.asfortranarray(rows)  # read by column
+        return {index: index.of(rows) for index in {slot.index for slot in self._slots}}
+
+    def _blocks_at(self, entries: dict[Index, np.ndarray], members: Sequence[int]) -> np.ndarray:
+        """Distinct-block indices [members, n] of some slots."""
+        return np.stack([self._slots[i].block[entries[self._slots[i].index]] for i in members])
 
     def _price(self, rows: np.ndarray, *, whole_tables: bool) -> Prices:
         rows = rows.reshape(len(rows), len(self.space.choices))
-        blocks = self._blocks_at(rows, list(range(len(self._slots))))
+        entries = self._entries(rows)
+        blocks = self._blocks_at(entries, range(len(self._slots)))
         if whole_tables:
             summed, totals = np.zeros((len(rows), len(FEATURES))), np.zeros((len(rows), 2), dtype=np.int64)
             for table in self._tables:
-                entry = table.index.of(rows)
-                summed += table.features[entry]
-                totals += table.totals[entry]
+                summed += table.features[entries[table.index]]
+                totals += table.totals[entries[table.index]]
         else:
             used = np.unique(blocks)
             self._trace(used[used != NONE])
             summed, totals = _total(self._block_features, blocks), _total(self._block_totals[:, :_PEAK], blocks)
-        peak = self._peak(rows, self._block_totals[:, _PEAK][blocks])
+        peak = self._peak(entries, self._block_totals[:, _PEAK][blocks])
         return Prices(
             features=summed,
             params=totals[:, _PARAMS],
@@ -207,33 +211,31 @@ class Pricer:
             peak_activation_bytes=peak // _TRACED * self._bytes,
         )
 
-    def _peak(self, rows: np.ndarray, own: np.ndarray) -> np.ndarray:
-        """`nas.cost.network_peak_bytes` of each row, from the peaks [n, slots] of its blocks alone: int64 [n]."""
-        n, count = own.shape
-        entries = [slot.index.of(rows) for slot in self._slots]
-        on_path = np.stack([s.on_path[e] for s, e in zip(self._slots, entries, strict=True)], axis=1)
+    def _peak(self, entries: dict[Index, np.ndarray], own: np.ndarray) -> np.ndarray:
+        """`nas.cost.network_peak_bytes` of each row, from the peaks [slots, n] of its blocks alone: int64 [n]."""
+        count, n = own.shape
+        on_path = np.stack([slot.on_path[entries[slot.index]] for slot in self._slots])
         # The next block on the path takes a slot's output as x, and counts it; it is held from the one after that.
-        reader = np.empty((n, count), dtype=np.int64)
-        following = np.full(n, count, dtype=np.int64)
+        reader = np.empty((count, n), dtype=np.int16)
+        following = np.full(n, count, dtype=np.int16)
         for s in reversed(range(count)):
-            reader[:, s] = following
-            following = np.where(on_path[:, s], s, following)
-        change = np.zeros((n, count + 2), dtype=np.int64)
-        for s, (slot, entry) in enumerate(zip(self._slots, entries, strict=True)):
-            if not slot.skipped.any():
-                continue
-            source, size = slot.source[entry], slot.skipped[entry]
-            start = reader[np.arange(n), source] + 1
-            kept = np.flatnonzero((source != NONE) & (start < s))
-            change[kept, start[kept]] += size[kept]
-            change[kept, s] -= size[kept]
-        held = np.cumsum(change, axis=1)[:, :count]
-        return (own + held * on_path).max(axis=1, initial=0)
+            reader[s] = following
+            following[on_path[s]] = s
+        change = np.zeros((count + 2, n), dtype=np.int64)
+        for s, slot in enumerate(self._slots):
+            if slot.skipped.any():
+                source, size = slot.source[entries[slot.index]], slot.skipped[entries[slot.index]]
+                start = reader[source, np.arange(n)] + 1
+                kept = np.flatnonzero((source != NONE) & (start < s))
+                change[start[kept], kept] += size[kept]
+                change[s, kept] -= size[kept]
+        held = np.cumsum(change, axis=0)[:count]
+        return np.where(on_path, own + held, own).max(axis=0, initial=0)
 
 
 def _total(table: np.ndarray, blocks: np.ndarray) -> np.ndarray:
-    """Sums the lines of `table` that each row of `blocks` [n, slots] names: [n, columns]."""
-    total = np.zeros((len(blocks), table.shape[1]), dtype=table.dtype)
-    for column in blocks.T:
-        total += table[column]
+    """Sums the lines of `table` that each column of `blocks` [slots, n] names: [n, columns]."""
+    total = np.zeros((blocks.shape[1], table.shape[1]), dtype=table.dtype)
+    for line in blocks:
+        total += table[line]
     return total

@@ -9,7 +9,7 @@ import pandas as pd
 
 from nas import __version__, page
 from nas.page import Cell, Figure, Section, escape
-from nas.page.numbers import UNKNOWN, label, milliseconds, percent, scaled, significant
+from nas.page.numbers import UNKNOWN, label, milliseconds, percent, plain, scaled, significant
 from nas.page.plots import layout
 from nas.profile.candidate import Profile
 from nas.profile.counters import OURS
@@ -63,7 +63,7 @@ def _sections(profile: Profile) -> list[Section]:
         Section(
             slug="choices",
             title="Its choices",
-            body=page.facts((label(k), v) for k, v in profile.candidate.choices.items()),
+            body=page.facts((label(k), plain(v)) for k, v in profile.candidate.choices.items()),
         ),
     ]
 
@@ -153,7 +153,7 @@ def _counters(profile: Profile) -> str:
     rows: list[list[Cell | str]] = []
     for c in profile.counts:
         ours = base[c.latent]
-        against = None if c.macs is None or not ours else c.macs / ours - 1
+        against = None if c.macs is None or not ours or c.counter == OURS else c.macs / ours - 1
         rows.append(
             [
                 c.counter,

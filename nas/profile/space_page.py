@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from nas import __version__, page
 from nas.page import Cell, Figure, Section, escape
-from nas.page.numbers import label, scaled, significant
+from nas.page.numbers import label, plain, scaled, significant
 from nas.page.plots import axis, layout
 from nas.profile.space import SpaceProfile
 from nas.profile.words import NAMES, shown
@@ -57,6 +58,14 @@ def _effects(profile: SpaceProfile) -> str:
     return page.paragraph(escape(words), "note") + page.views("views-effects", views)
 
 
+_UNITS = {
+    "step_ms": ("latency (ms)", 1.0),
+    "macs": ("GMACs", 1e9),
+    "params": ("million parameters", 1e6),
+    "peak_activation_bytes": ("peak activations (MB)", 1e6),
+}
+
+
 def _spread(profile: SpaceProfile) -> str:
     columns = list(profile.quantiles.columns)
     header = ["", *(_name(q) for q in profile.quantiles.index)]
@@ -72,14 +81,12 @@ def _name(quantile: float) -> str:
 
 def spread_figure(profile: SpaceProfile) -> Figure:
     """Histograms of the costs, one under the other, on logarithmic axes."""
-    columns = [c for c in ("step_ms", "macs", "params", "peak_activation_bytes") if c in profile.costs]
-    units = {"step_ms": ("latency (ms)", 1.0), "macs": ("GMACs", 1e9), "params": ("million parameters", 1e6),
-             "peak_activation_bytes": ("peak activations (MB)", 1e6)}  # fmt: skip
+    columns = [c for c in _UNITS if c in profile.costs]
     height = 1.0 / len(columns)
-    content = layout(170 * len(columns), margin={"l": 56, "r": 24, "t": 12, "b": 48})
+    content = layout(170 * len(columns), margin={"l": 56, "r": 24, "t": 12, "b": 12})
     traces = []
     for i, column in enumerate(columns):
-        name, unit = units[column]
+        name, unit = _UNITS[column]
         edges = np.geomspace(profile.costs[column].min() / unit, profile.costs[column].max() / unit * (1 + 1e-9), 41)
         counts, _ = np.histogram(profile.costs[column] / unit, edges)
         suffix = "" if i == 0 else str(i + 1)
@@ -96,7 +103,7 @@ def spread_figure(profile: SpaceProfile) -> Figure:
             }
         )
         top = 1 - i * height
-        content[f"xaxis{suffix}"] = axis(name, type="log", anchor=f"y{suffix}", dtick="D2")
+        content[f"xaxis{suffix}"] = axis(name, type="log", anchor=f"y{suffix}", **log_ticks(edges[0], edges[-1]))
         content[f"yaxis{suffix}"] = axis("", domain=[top - 0.62 * height, top], anchor=f"x{suffix}", nticks=4)
     return {"data": traces, "layout": content}
 
@@ -108,30 +115,69 @@ def effect_figure(profile: SpaceProfile, cost: str) -> Figure:
     ranges = rows.groupby("rank")[cost].agg(["min", "max"])
     lines: list[dict[str, Any]] = [
         {
-            "type": "line", "x0": float(r["min"]), "x1": float(r["max"]), "y0": int(str(i)), "y1": int(str(i)),
-            "line": {"color": "@faint", "width": 2}, "layer": "below",
+            "type": "line",
+            "x0": float(r["min"]),
+            "x1": float(r["max"]),
+            "y0": int(str(i)),
+            "y1": int(str(i)),
+            "line": {"color": "@faint", "width": 2},
+            "layer": "below",
         }
         for i, r in ranges.iterrows()
-    ]  # fmt: skip
-    text = [str(v).replace("True", "yes").replace("False", "no") for v in rows["value"]]
+    ]
     points = {
         "type": "scatter",
         "mode": "markers+text",
         "x": rows[cost].tolist(),
         "y": rows["rank"].tolist(),
-        "text": text,
-        "textposition": "top center",
+        "text": [plain(v) for v in rows["value"]],
+        "textposition": [
+            _label_side(int(place), int(count)) for place, count in zip(*_places(rows, cost), strict=True)
+        ],
         "textfont": {"size": 10, "color": "@muted"},
         "marker": {"color": "@accent", "size": 9},
         "hovertemplate": "%{text}: %{x:.3g} times the mean<extra></extra>",
         "cliponaxis": False,
     }
+    low, high = float(rows[cost].min()), float(rows[cost].max())
     content = layout(90 + 34 * len(order))
-    content["xaxis"] = axis(f"{NAMES[cost]} relative to the mean of the choice (ratio)", type="log", dtick="D2")
+    content["xaxis"] = axis(
+        f"{NAMES[cost]} relative to the mean of the choice (ratio)",
+        type="log",
+        range=[float(np.log10(low)) - 0.05, float(np.log10(high)) + 0.05],
+        **log_ticks(low, high, _FINE),
+    )
     content["yaxis"] = axis(
-        "", tickvals=list(range(len(order))), ticktext=[label(n) for n in order], range=[len(order) - 0.4, -0.7],
-        showgrid=False, ticksuffix="  ",
-    )  # fmt: skip
+        tickvals=list(range(len(order))),
+        ticktext=[label(n) for n in order],
+        range=[len(order) - 0.4, -0.7],
+        showgrid=False,
+        ticksuffix="  ",
+    )
     content["shapes"] = lines
     content["meta"] = {"narrow": {"xaxis.title.text": "ratio to the choice's mean"}}
     return {"data": [points], "layout": content}
+
+
+_COARSE, _FINE = (1.0, 2.0, 5.0), (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0)
+
+
+def log_ticks(low: float, high: float, steps: tuple[float, ...] = _COARSE) -> dict[str, Any]:
+    """Ticks of a logarithmic axis, each written out: plotly writes 200 and 500 as a bare 2 and 5."""
+    powers = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    values = [step * 10.0**power for power in powers for step in steps]
+    kept = [v for v in values if low * 0.95 <= v <= high * 1.05]
+    return {"tickvals": kept, "ticktext": [plain(v) for v in kept]}
+
+
+def _places(rows: pd.DataFrame, cost: str) -> tuple[pd.Series, pd.Series]:
+    """Where each value stands among its choice's values by cost, from 0, and how many there are."""
+    grouped = rows.groupby("choice")[cost]
+    return grouped.rank(method="first") - 1, grouped.transform("size")
+
+
+def _label_side(place: int, count: int) -> str:
+    """The ends are labelled outwards and those between above and below in turn, so that near ones stay apart."""
+    if place == count - 1:
+        return "middle right"
+    return "middle left" if place == 0 else ("top center", "bottom center")[place % 2]

@@ -27,7 +27,22 @@ _KIND_OF: dict[str, str] = {
         ("native_group_norm", "native_layer_norm", "native_batch_norm", "mean", "var_mean", "pow", "rsqrt"), "norm"
     ),
     **dict.fromkeys(
-        ("add", "sub", "mul", "div", "neg", "silu", "gelu", "sigmoid", "relu", "tanh", "clamp", "where", "_to_copy"),
+        (
+            "add",
+            "sub",
+            "mul",
+            "div",
+            "neg",
+            "silu",
+            "gelu",
+            "sigmoid",
+            "relu",
+            "tanh",
+            "clamp",
+            "where",
+            "_to_copy",
+            "eq",
+        ),
         "elementwise",
     ),
     "cat": "concat",
@@ -90,11 +105,13 @@ class Recorder(TorchDispatchMode):
         """Records one operator."""
         weights = [t for t in reads if _buffer(t) in self._weights]
         others = [t for t in reads if _buffer(t) not in self._weights]
+        # Of a table only the rows that are looked up are read.
+        most = written.numel() if kind == "lookup" else math.inf
         self.ops.append(
             Op(
                 kind=kind,
                 macs=macs,
-                weight_bytes=_BYTES * sum(_distinct(t) for t in weights),
+                weight_bytes=_BYTES * sum(int(min(_distinct(t), most)) for t in weights),
                 read_bytes=_BYTES * sum(_distinct(t) for t in others),
                 written_bytes=_BYTES * written.numel(),
                 shape=tuple(written.shape),

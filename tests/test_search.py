@@ -1,0 +1,99 @@
+"""`nas search` from settings to files: every check before the first proxy run, and one whole search on a toy space."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+from nas import quality
+from nas.errors import NasError, UsageError
+from nas.quality import ProxySettings
+from nas.record import candidate_of, read_study
+from nas.report import build_report
+from nas.search import SearchSettings, plan_search, preview, run_search, study_folder
+from tests.toy_space import write_space
+
+TINY = ProxySettings(steps=3, batch=8, seeds=(0, 1), held_rows=64)
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return SearchSettings(space=str(write_space(tmp_path)), budget="9ms/step@iphone", trials=4, jobs=1, proxy=TINY)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"space": "snapgen_unett"}, "did you mean 'snapgen_unet'"),
+        ({"budget": "1.4s@iphon"}, "did you mean 'iphone'"),
+        ({"budget": "1.4@iphone"}, "TIME@DEVICE"),
+        ({"trials": 0}, "--trials must be at least 1"),
+        ({"jobs": 0}, "--jobs must be at least 1"),
+        ({"confidence": 0.2}, "confidence must be between"),
+        ({"resolution_px": 100}, "resolution 100 px must be a positive multiple of 16"),
+        ({"space": "snapgen_unet", "budget": "300ms@iphone"}, "spent before the first denoiser call"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_done(settings, change, said):
+    with pytest.raises(UsageError, match=said):
+        plan_search(replace(settings, **change))
+
+
+def test_fixed_parts_without_a_row_for_the_resolution_are_refused_not_guessed(settings):
+    with pytest.raises(NasError, match=r"no latency of the part .text_encoders. at 128 px"):
+        plan_search(replace(settings, budget="1.4s@iphone"))
+
+
+def test_a_missing_teacher_file_is_one_sentence(settings):
+    plan = plan_search(replace(settings, teacher="nowhere.safetensors"))
+    with pytest.raises(NasError, match=r"nowhere\.safetensors does not exist"):
+        plan.identity()
+
+
+def test_an_unreachable_budget_costs_no_proxy_run(settings, monkeypatch):
+    monkeypatch.setattr(quality, "prepare", lambda *_: pytest.fail("the teacher was asked"))
+    with pytest.raises(UsageError, match="no candidate of toy meets"):
+        run_search(replace(settings, budget="0.01ms/step@iphone"))
+
+
+def test_the_preview_prices_without_running(settings):
+    found = preview(plan_search(settings))
+    assert 0 < found["feasible_share"] <= 1
+    assert found["pipeline"]["parts"] == []
+    assert [r["source"] for r in found["references"]] == ["reference:known"]
+
+
+def test_the_same_search_finds_its_folder_and_another_gets_its_own(settings, tmp_path):
+    plan = plan_search(settings)
+    first = study_folder(settings, plan)
+    (first / "journal.log").write_text("")
+    assert study_folder(settings, plan) == first
+    other = replace(plan, seed=9)
+    assert study_folder(settings, other) != first
+    assert study_folder(replace(settings, fresh=True), plan) != first
+    assert first.parent == (tmp_path / "reports").relative_to(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_whole_search_writes_a_study_that_the_next_stages_read(settings):
+    heard = []
+    found = run_search(settings, lambda stage, done, total, note: heard.append((stage, done, total)))
+    record = read_study(found.folder)
+    assert record["finished"]
+    assert record["trials"]["proxied"] == 4
+    assert ("search", 4, 4) in heard
+    assert json.loads(json.dumps(found.to_json()))["trials"] == 4
+    frame = pd.read_csv(found.folder / "trials.csv", keep_default_na=False)
+    assert (frame["state"] == "proxied").sum() == 4
+    assert set(found.to_json()["front"][0]) >= {"key", "quality", "quality_sd", "latency_low_ms", "macs"}
+    blocks = pd.read_csv(found.folder / "blocks.csv")
+    assert blocks.groupby("key")["share"].sum().to_numpy() == pytest.approx(1.0)
+    assert candidate_of(str(found.folder))[1].key == record["recommended"]["key"]
+    assert build_report(found.folder).stat().st_size > 100_000
+    again = run_search(settings)
+    assert again.folder == found.folder
+    assert again.record["trials"] == record["trials"]

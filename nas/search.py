@@ -121,6 +121,7 @@ def run_search(settings: SearchSettings, progress: Progress | None = None) -> Se
     """
     report = progress or (lambda stage, done, total, note: None)
     plan = plan_search(settings)
+    writable_dir(settings.out if settings.out is not None else Path("reports"))
     report("price", 0, 1, f"pricing {plan.evaluator.space.name}: each distinct block is traced once")
     plan.evaluator.pricer.prepare(lambda done, total: report("price", done, total, "blocks traced"))
     plan.evaluator.check_reachable()

@@ -71,7 +71,7 @@ SEARCH = ("search", "--space", "snapgen_unet", "--budget", "1.4s@iphone")
         (["export", "--space", "snapgen_unet"], "--space needs --reference"),
         (["export", "--space", "snapgen_unet", "--reference", "snapgn"], "did you mean 'snapgen'?"),
         (["export", "--format", "onx", "--space", "snapgen_unet"], "did you mean 'onnx'?"),
-        (["export"], "name either STUDY#CANDIDATE"),
+        (["export"], "needs either STUDY#CANDIDATE"),
         (["train", "no-study"], "unknown study 'no-study'"),
         (["sample", "no-run"], "unknown run 'no-run'"),
         (["profile", "--space", "snapgen_unet", "--candidate", "width_0=130"], "known: 128, 192, 256, 320"),
@@ -153,6 +153,7 @@ def test_a_read_only_output_folder_is_told_before_any_work(capsys, tmp_path):
     code, _, err = run(capsys, *SEARCH, "--out", str(blocker / "study"))
     assert code == 1
     assert "cannot write to the output folder" in err
+    assert "blocks traced" not in err
     assert "--out" in err.splitlines()[-1]
 
 

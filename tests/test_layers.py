@@ -52,7 +52,6 @@ CONFINED = {
     "optuna": {"nas/study.py", "nas/sampler.py"},
     "plotly": {"nas/report", "nas/page", "nas/profile"},
     "typer": {"nas/cli"},
-    "rich": {"nas/cli"},
     "fvcore": {"nas/profile"},
     "thop": {"nas/profile"},
     "onnxruntime": {"nas/backends/onnxruntime.py", "nas/exporters/onnx.py"},

@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from nas.errors import NasError
+from nas.errors import NasError, unknown
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -97,3 +97,16 @@ def atomic_write(path: Path, content: str | bytes) -> Path:
     except OSError as error:
         raise NasError(f"cannot write {path}: {error.strerror}", hint="choose another folder with --out") from error
     return path
+
+
+def find_study(name: str, root: str | Path = "reports") -> Path:
+    """The folder of a study: a path, or a name below `root`.
+
+    Raises:
+        UsageError: there is none of that name; the nearest is offered.
+    """
+    for folder in (Path(name), Path(root) / name):
+        if (folder / "study.json").is_file():
+            return folder
+    known = [path.parent.name for path in Path(root).glob("*/study.json")]
+    raise unknown("study", name, known, where=f"{root}/", hint="nas search --space snapgen_unet --budget 1.4s@iphone")

@@ -256,8 +256,8 @@ def cannot_see(settings: ProxySettings) -> tuple[str, ...]:
     )
 
 
-def fidelity(settings: ProxySettings) -> dict[str, Any] | None:
-    """How well this score ranked against longer training where it was tested; None for settings never tested.
+def fidelity(settings: ProxySettings, teacher: str) -> dict[str, Any] | None:
+    """How well this score ranked against longer training; None where these settings and teacher were never tested.
 
     Written by benchmarks/proxy_rank.py.
     """
@@ -269,7 +269,7 @@ def fidelity(settings: ProxySettings) -> dict[str, Any] | None:
         return None
     card: dict[str, Any] = json.loads(path.read_text())
     same = card["proxy"] == json.loads(json.dumps(asdict(settings)))
-    return card if same else None
+    return card if same and card["teacher_digest"] == teacher_hash(teacher) else None
 
 
 def _targets(

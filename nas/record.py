@@ -17,7 +17,7 @@ import pandas as pd
 from nas import pareto
 from nas.errors import NasError, UsageError, unknown
 from nas.evaluate import Evaluation, Evaluator
-from nas.paths import atomic_write
+from nas.paths import atomic_write, find_study
 from nas.space import Candidate, SearchSpace, load_space
 
 SCHEMA = 1
@@ -143,21 +143,6 @@ def write(folder: Path, study: Mapping[str, Any], frames: Mapping[str, pd.DataFr
     atomic_write(folder / "study.json", json.dumps(study, indent=1) + "\n")
 
 
-def find_study(name: str, root: str | Path = "reports") -> Path:
-    """The folder of a study: a path, or a name below `root`.
-
-    Raises:
-        UsageError: there is none of that name; the nearest is offered.
-    """
-    for folder in (Path(name), Path(root) / name):
-        if (folder / "study.json").is_file():
-            return folder
-    known = [p.parent.name for p in Path(root).glob("*/study.json")] if Path(root).is_dir() else []
-    raise unknown(
-        "study", name, known, where=f"{Path(root)}/", hint="nas search --space snapgen_unet --budget 1.4s@iphone"
-    )
-
-
 def read_study(folder: Path) -> dict[str, Any]:
     """study.json of a study's folder.
 
@@ -197,8 +182,13 @@ def candidate_of(study: str, root: str | Path = "reports") -> tuple[Path, Candid
     space = load_space(data.get("space_path") or data["space"])
     row = frame[frame["key"] == matches[0]].iloc[0]
     values = {c.name: _typed(c.values, row[f"choice.{c.name}"]) for c in space.choices if row[f"choice.{c.name}"] != ""}
-    if data.get("resolution_px"):
-        space = space.at_resolution(int(data["resolution_px"]))
+    space = space.at_resolution(int(data["resolution_px"]))
+    if space.hash != data["space_hash"]:
+        raise NasError(
+            f"{folder} was made with another version of the space {data['space']} ({data['space_hash']}, now"
+            f" {space.hash}): the same choices may stand for another network",
+            hint="run the search again, or restore the space file",
+        )
     return folder, space.candidate(**values)
 
 

@@ -209,7 +209,7 @@ def write_record(study: Study, settings: SearchSettings) -> SearchResult:
         "hypervolume": hypervolumes(trials, evaluator.terms.budget.ms),
         "edges": edges(chosen, evaluator.space),
         "recommended": recommended,
-        "fidelity": quality.fidelity(plan.proxy),
+        "fidelity": quality.fidelity(plan.proxy, plan.teacher),
         "sources": [*evaluator.space.sources, *evaluator.sheet.sources],
         "finished": study.proxied >= plan.trials,
         "next": f"nas train {_typed(study.folder)}#{recommended['key']}" if recommended else "nas search --help",

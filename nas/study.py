@@ -276,6 +276,8 @@ class Study:
         }
         outcomes: dict[int, tuple[Evaluation, str]] = {}
         done_before = self.proxied
+        goal = max(self.plan.trials, done_before + len(pending))
+        self.progress("search", done_before, goal, f"distilling {', '.join(c.key for c in pending.values())}")
         try:
             for future in as_completed(futures):
                 number = futures[future]
@@ -286,7 +288,7 @@ class Study:
                 self.progress(
                     "search",
                     done_before + len(outcomes),
-                    max(self.plan.trials, done_before + len(pending)),
+                    goal,
                     f"{evaluation.key} {evaluation.latency_ms:.0f} ms {note}",
                 )
         except BrokenProcessPool as error:

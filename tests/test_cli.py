@@ -11,8 +11,9 @@ import time
 import pytest
 
 from nas.cli import console, main
-from nas.cli.names import read_value, study_folder, typed_candidate
+from nas.cli.names import read_value, typed_candidate
 from nas.errors import NasError, UsageError
+from nas.paths import find_study
 from nas.space import load_space
 
 
@@ -263,10 +264,10 @@ def test_a_study_is_a_folder_or_a_name_under_reports(tmp_path):
     folder = tmp_path / "reports" / "one"
     folder.mkdir(parents=True)
     (folder / "study.json").write_text("{}")
-    assert study_folder("one").resolve() == folder
-    assert study_folder(str(folder)) == folder
+    assert find_study("one").resolve() == folder
+    assert find_study(str(folder)) == folder
     with pytest.raises(UsageError, match="did you mean 'one'"):
-        study_folder("onne")
+        find_study("onne")
 
 
 # Printing

@@ -93,6 +93,22 @@ def test_a_long_list_is_the_sum_of_its_blocks(space, pricer, monkeypatch):
     assert_priced(pricer.rows(rows), [space.from_row(row) for row in rows])
 
 
+def test_the_peak_holds_what_waits_wherever_it_waits(space, pricer):
+    """Each block in turn is made the one that decides, by giving every other a peak of nothing."""
+    rows = space.sample(40, seed=8)
+    entries = pricer._entries(rows)
+    present = np.stack([slot.block[entries[slot.index]] >= 0 for slot in pricer._slots])
+    for slot in range(len(present)):
+        own = np.zeros(present.shape, dtype=np.int64)
+        own[slot] = 10**12 * present[slot]
+        got = pricer._peak(entries, own)
+        for i in np.flatnonzero(present[slot]):
+            blocks = families.network(space.from_row(rows[i])).blocks
+            peaks = [0] * len(blocks)
+            peaks[int(present[:slot, i].sum())] = 10**12
+            assert got[i] == network_peak_bytes(blocks, peaks)
+
+
 def test_pieces_make_the_whole(space, pricer, monkeypatch):
     rows = space.sample(100, seed=1)
     few = pricer.rows(rows)

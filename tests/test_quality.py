@@ -321,12 +321,16 @@ def test_fidelity_card_only_for_the_settings_it_was_made_with(tmp_path: Path, mo
     monkeypatch.setenv("NAS_DATA", str(tmp_path))
     folder = tmp_path / "reports" / "benchmarks"
     folder.mkdir(parents=True)
-    assert quality.fidelity(SETTINGS) is None
-    (folder / "proxy_rank.json").write_text(json.dumps({"proxy": asdict(SETTINGS), "kendall": 0.5}))
-    card = quality.fidelity(SETTINGS)
+    monkeypatch.setattr(quality, "teacher_hash", lambda teacher: f"digest of {teacher}")
+    assert quality.fidelity(SETTINGS, "embedded") is None
+    (folder / "proxy_rank.json").write_text(
+        json.dumps({"proxy": asdict(SETTINGS), "teacher_digest": "digest of embedded", "kendall": 0.5})
+    )
+    card = quality.fidelity(SETTINGS, "embedded")
     assert card is not None
     assert card["kendall"] == 0.5
-    assert quality.fidelity(replace(SETTINGS, steps=4)) is None
+    assert quality.fidelity(replace(SETTINGS, steps=4), "embedded") is None
+    assert quality.fidelity(SETTINGS, "another.safetensors") is None
 
 
 def test_outputs_without_null_are_left_alone() -> None:

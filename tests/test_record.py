@@ -96,6 +96,7 @@ def folder(tmp_path):
     study = tmp_path / "reports" / "one"
     study.mkdir(parents=True)
     data = {"schema": 1, "space": "toy", "space_path": str(space.path), "resolution_px": 64}
+    data["space_hash"] = space.at_resolution(64).hash
     data["recommended"] = {"key": rows[3].key}
     frame = trials_frame(trials(*found), space)
     record.write(study, data, {"trials.csv": frame, "front.csv": frame, "blocks.csv": frame[:0]})
@@ -118,6 +119,14 @@ def test_an_unknown_study_or_key_offers_what_there_is(folder, tmp_path):
         candidate_of("onee#x", tmp_path / "reports")
     with pytest.raises(UsageError, match=rows[0].key):
         candidate_of(f"{study}#nope")
+
+
+def test_a_candidate_of_an_edited_space_is_refused(folder):
+    study, rows = folder
+    path = rows[0].space.path
+    path.write_text(path.read_text().replace("width_0 = [64, 128]", "width_0 = [64, 128, 192]"))
+    with pytest.raises(NasError, match="another version of the space toy"):
+        candidate_of(f"{study}#{rows[0].key}")
 
 
 def test_a_study_of_another_schema_or_damaged_is_refused(folder):

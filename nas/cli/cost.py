@@ -73,7 +73,8 @@ def _profiled_device(subject: str | None, device: str | None) -> DeviceSheet | N
     from nas.device import find_target
 
     if device is None and subject is not None:
-        from nas.record import find_study, read_study
+        from nas.paths import find_study
+        from nas.record import read_study
 
         device = str(read_study(find_study(subject.partition("#")[0]))["target"])
     return None if device is None else find_target(device)

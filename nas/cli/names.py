@@ -13,21 +13,6 @@ if TYPE_CHECKING:
 REPORTS = Path("reports")
 
 
-def study_folder(text: str) -> Path:
-    """The folder of a study: a path, or a name below reports/. Reads nothing, so that it costs no import.
-
-    Raises:
-        UsageError: there is none.
-    """
-    for folder in (Path(text), REPORTS / text):
-        if (folder / "study.json").is_file():
-            return folder
-    known = [path.parent.name for path in REPORTS.glob("*/study.json")]
-    raise unknown(
-        "study", text, known, where=f"{REPORTS}/", hint="nas search --space snapgen_unet --budget 1.4s@iphone"
-    )
-
-
 def chosen(
     subject: str | None, space: str | None, reference: str | None, choices: str | None, resolution: int | None
 ) -> tuple[Candidate, str]:

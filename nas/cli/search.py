@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nas.cli.console import Progress, closing, command_line, duration, result, result_json, resumable, table
-from nas.cli.names import study_folder
+from nas.paths import find_study
 
 if TYPE_CHECKING:
     from nas.search import SearchResult
@@ -70,7 +70,7 @@ def report(
     study: Annotated[str, typer.Argument(help="A study's folder, or its name under reports/.")], as_json: Json = False
 ) -> None:
     """Draw a study's page again. Reads the study's files only; nothing is measured or trained."""
-    page = _build_report(study_folder(study))
+    page = _build_report(find_study(study))
     if as_json:
         result_json({"study": page.parent.name, "report": page})
     closing(wrote=page, following=f"open {page} in a browser", as_json=as_json)

@@ -108,8 +108,9 @@ def proxy(files: StudyFiles) -> str:
     blind = [str(sentence) for sentence in settings.pop("cannot_see", [])]
     body = page.paragraph(
         "Quality is how well the candidate, scaled down, imitates the teacher after a short distillation: 10·log10 of"
-        " the target's variance over the squared error, in dB. Every candidate had the same data, order and noise."
-        " The text part is the same figure for the difference that the caption makes."
+        " the mean square of what the teacher adds to the preconditioner's skip path over the squared error, in dB."
+        " Every candidate had the same data, order and noise. The text part is the same figure for the difference that"
+        " the caption makes."
     )
     if blind:
         body += page.paragraph("<b>What it cannot see</b>") + page.bullets(blind)

@@ -134,6 +134,13 @@ class Evaluator:
         """[n]: the bound on one image that holds with the budget's confidence."""
         return np.asarray(self.terms.total_ms(self.predictor.upper(features, self.terms.confidence)))
 
+    def warnings(self, evaluations: Sequence[Evaluation]) -> tuple[str, ...]:
+        """What must be said beside these latencies: how many lie far outside what the predictor was fitted on."""
+        if not evaluations:
+            return ()
+        rows = np.array([self.space.candidate(**dict(e.choices)).row for e in evaluations])
+        return self.predictor.warnings(self.pricer.rows(rows).features)
+
     def block_latencies(self, candidate: Candidate) -> list[tuple[PricedBlock, float]]:
         """Each block with its part of one denoiser call's predicted milliseconds; the parts add up to the whole."""
         blocks = self.pricer.blocks(candidate)

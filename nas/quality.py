@@ -248,6 +248,8 @@ def cannot_see(settings: ProxySettings) -> tuple[str, ...]:
     return (
         f"It scores a copy with widths divided by {settings.width_divisor} after {settings.steps} steps on {rows:,}"
         " drawn 32x32 scenes: what shows only at full width, at full resolution or late in training is not in it.",
+        "So short a run favours networks that learn fast, which are often the small and shallow ones; a larger network"
+        " may overtake them with training. The front can therefore end well below the budget.",
         "Captions are hardly learnt in so short a run, so the quality does not judge where cross-attention stands; the"
         " text score beside it says how much of the caption's effect each student has learnt (0 dB: none).",
         "It compares networks under output distillation with one recipe; a network that needs another learning rate"

@@ -109,6 +109,7 @@ def preview(plan: Plan) -> dict[str, Any]:
         "pipeline": _pipeline(evaluator),
         "feasible_share": share,
         "references": [asdict(e) for e in _references(evaluator)],
+        "warnings": list(evaluator.warnings(_references(evaluator))),
         "trials": plan.trials,
     }
 
@@ -205,6 +206,7 @@ def write_record(study: Study, settings: SearchSettings) -> SearchResult:
         "provenance": provenance(seed=plan.seed, identity=plan.identity()),
         "proxy": {**asdict(plan.proxy), "cannot_see": list(quality.cannot_see(plan.proxy))},
         "predictor": evaluator.predictor.card,
+        "warnings": list(evaluator.warnings(members)),
         "references": _reference_rows(evaluator, trials),
         "hypervolume": hypervolumes(trials, evaluator.terms.budget.ms),
         "edges": edges(chosen, evaluator.space),

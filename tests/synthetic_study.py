@@ -236,6 +236,7 @@ def _record(folder, rows, best):
                 "whether a caption's words are bound to the right object: 60 steps do not teach it",
             ],
         },
+        "warnings": ["3 of 9 networks are more than 2 times outside the fitted range"],
         "predictor": {
             "target": "iphone-16-pro-max--coreml--fp16",
             "rows": 17,

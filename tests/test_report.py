@@ -233,6 +233,10 @@ def test_the_page_says_what_to_take_and_what_the_budget_pays_for(page, files):
     assert "No row has operators of kind lookup, depthwise" in text
 
 
+def test_the_page_warns_of_predictions_far_outside_the_fit(page):
+    assert "3 of 9 networks are more than 2 times outside the fitted range." in body(page)
+
+
 def test_the_page_needs_no_network(page):
     """Nothing is loaded: plotly.js names addresses, but only for maps and for an upload that is never called."""
     assert not re.search(r"<(?:script|link|img|iframe)[^>]+(?:src|href)\s*=", body(page))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nas.cli.console import Progress, closing, command_line, duration, result, result_json, resumable, table
+from nas.cli.console import Progress, closing, command_line, duration, note, result, result_json, resumable, table
 from nas.paths import find_study
 
 if TYPE_CHECKING:
@@ -97,6 +97,8 @@ def _print_preview(found: dict[str, Any], as_json: bool) -> None:
         fits = "fits" if row["feasible"] else row["reason"]
         interval = f"{row['latency_low_ms']:.0f} to {row['latency_high_ms']:.0f}"
         result(f"{row['source']}  {row['latency_ms']:.0f} ms ({interval}), {fits}")
+    for warning in found["warnings"]:
+        note(warning)
     result(f"would spend {found['trials']} proxy runs")
     closing(following=command_line(leave_out=("--dry-run",)))
 
@@ -104,6 +106,8 @@ def _print_preview(found: dict[str, Any], as_json: bool) -> None:
 def _print_search(found: SearchResult) -> None:
     record = found.record
     trials, recommended = record["trials"], record["recommended"]
+    for warning in record["warnings"]:
+        note(warning)
     share, confidence = record["infeasible"]["share_of_space"], record["budget"]["confidence"]
     result(
         f"{trials['proxied']} candidates distilled in {duration(record['wall_s'])}; of the other proposals"

@@ -111,7 +111,7 @@ class LatencyPredictor:
             return ()
         low, high = self.range_ms
         return (
-            f"{far} of {len(features)} networks are more than {FAR:g} times outside the {low:.3g} to {high:.3g} ms that"
+            f"{far} of {len(features)} networks are more than {FAR:g} times outside the {low:.4g} to {high:.4g} ms that"
             f" {self.target} was fitted on; their intervals are widened",
         )
 

@@ -27,6 +27,7 @@ def predictor(files: StudyFiles) -> str:
         words.append(
             f"No row has operators of kind {plain(card['never_seen'])}; a network that has such operators is refused."
         )
+    words += [f"{str(warning)[:1].upper()}{str(warning)[1:]}." for warning in files.record.get("warnings", [])]
     figures_of = [(_CARD.get(k, label(k.replace(".", ", "))), v) for k, v in _flat(card) if k not in ("never_seen",)]
     rows = [(name, _card_value(name, value)) for name, value in figures_of]
     coverage = held.get("coverage") if held else None

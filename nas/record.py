@@ -24,6 +24,8 @@ SCHEMA = 1
 FILES = ("study.json", "trials.csv", "front.csv", "blocks.csv")
 # Worth nothing: a student that predicts no better than the preconditioner's skip path alone has 0 dB.
 QUALITY_FLOOR_DB = 0.0
+# Below this a student predicts less than a tenth of what a caption changes.
+TEXT_LEARNT_DB = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +100,10 @@ def recommend(members: Sequence[Evaluation]) -> dict[str, str] | None:
             f"the fastest whose quality, {chosen.quality:.2f} dB, is within {tie:.2f} dB (two seed spreads) of the best"
             f" {best.key} at {best.quality:.2f} dB"
         )
-    return {"key": chosen.key, "why": f"{why}; {chosen.meets_budget_probability:.0%} likely within the budget"}
+    why = f"{why}; {chosen.meets_budget_probability:.0%} likely within the budget"
+    if max(float(e.text_quality or 0.0) for e in members) < TEXT_LEARNT_DB:
+        why += "; no candidate learnt to follow captions in its proxy run, so text is not judged here"
+    return {"key": chosen.key, "why": why}
 
 
 def edges(evaluation: Evaluation | None, space: SearchSpace) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -75,6 +76,12 @@ def test_the_recommended_is_the_fastest_that_ties_with_the_best():
     members[1] = evaluation("tie", 150, 2.7, sd=0.1)
     assert recommend(members)["key"] == "best"
     assert recommend([]) is None
+
+
+def test_a_recommendation_says_when_no_candidate_learnt_text():
+    blind = [evaluation("a", 100, 1.0)]
+    assert "text is not judged" in recommend(blind)["why"]
+    assert "text" not in recommend([replace(blind[0], text_quality=3.0)])["why"]
 
 
 def test_edges_are_ordinal_choices_at_an_end(tmp_path):

@@ -1,6 +1,6 @@
 """A search killed at random moments ends with the same trials as one left in peace.
 
-    python benchmarks/kill_resume.py [--kills 5] [--trials 12]
+    python benchmarks/kill_resume.py [--kills 5] [--trials 12] [--shortest 4] [--longest 20]
 
 Runs one search to its end; runs the same search again in another folder and sends SIGKILL to its whole process group at
 random times, resuming after each; then compares the two journals trial by trial. Prints the verdict last and writes
@@ -55,6 +55,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--trials", type=int, default=12)
+    parser.add_argument("--shortest", type=float, default=4.0, help="seconds that a run may live, at least")
+    parser.add_argument("--longest", type=float, default=20.0, help="and at most")
     parser.add_argument("--budget", default="1.4s@iphone")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -70,8 +72,8 @@ def main() -> None:
         kills = []
         while True:
             process = start(script, root / "killed", options.trials, options.budget)
-            # Between the first import and a little past the average share of the work that one life may do.
-            life_s = random.uniform(0.3, 1.0) * whole_s / 2
+            # From the first imports to well into the trials.
+            life_s = random.uniform(options.shortest, options.longest)
             try:
                 code = process.wait(timeout=life_s if len(kills) < options.kills else None)
                 if code != 0:

@@ -176,6 +176,7 @@ def write_record(study: Study, settings: SearchSettings) -> SearchResult:
     members = front(trials)
     recommended = recommend(members)
     chosen = next((m for m in members if recommended and m.key == recommended["key"]), None)
+    asked = len(study.study.get_trials(deepcopy=False))
     counts = {
         state: sum(t.state == state for t in trials) for state in ("proxied", "infeasible", "duplicate", "failed")
     }
@@ -192,7 +193,7 @@ def write_record(study: Study, settings: SearchSettings) -> SearchResult:
         "target_alias": evaluator.sheet.alias,
         "budget": _budget(evaluator),
         "pipeline": _pipeline(evaluator),
-        "trials": {"asked": len(study.study.get_trials(deepcopy=False)), **_plural(counts)},
+        "trials": {"asked": asked, **_plural(counts), "forbidden": asked - len(trials)},
         "infeasible": {
             "share_of_space": 1.0 - float(study.attr("feasible_share")),
             "sampled": 20_000,

@@ -111,7 +111,8 @@ def _print_search(found: SearchResult) -> None:
     share, confidence = record["infeasible"]["share_of_space"], record["budget"]["confidence"]
     result(
         f"{trials['proxied']} candidates distilled in {duration(record['wall_s'])}; of the other proposals"
-        f" {trials['infeasible']} were over the budget, {trials['duplicates']} known, {trials['failed']} failed;"
+        f" {trials['infeasible']} were over the budget, {trials['forbidden']} against a rule,"
+        f" {trials['duplicates']} known, {trials['failed']} failed;"
         f" {share:.0%} of the space is over the budget at confidence {confidence:g}"
     )
     chosen = recommended["key"] if recommended else None

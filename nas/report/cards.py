@@ -156,7 +156,8 @@ def record(files: StudyFiles) -> str:
             else ""
         )
         + f". Of {trials['asked']} proposals {trials['proxied']} were scored, {trials['infeasible']} were over budget,"
-        f" {trials['duplicates']} repeated an earlier one and {trials['failed']} failed."
+        f" {trials.get('forbidden', 0)} against a rule, {trials['duplicates']} repeated an earlier one and"
+        f" {trials['failed']} failed."
     )
     reasons = [f"{reason}: {count}" for reason, count in (made["infeasible"].get("reasons") or {}).items() if count]
     edge = [

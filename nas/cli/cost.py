@@ -111,8 +111,8 @@ def _print_profile(found: Profile) -> None:
     if found.latency is not None:
         latency = found.latency
         result(
-            f"{latency.target}: {latency.ms:.1f} ms a call, {latency.low_ms:.1f} to {latency.high_ms:.1f} at confidence"
-            f" {latency.confidence:g}"
+            f"{latency.target}: {latency.ms:.1f} ms a call, {latency.low_ms:.1f} to {latency.high_ms:.1f} in the"
+            f" central {latency.confidence:.0%} interval (nas search bounds each side on its own)"
         )
         for warning in latency.warnings:
             note(warning)

@@ -71,6 +71,21 @@ def build(
     return network if dtype is None else network.to(dtype)
 
 
+def example_inputs(
+    spec: NetworkSpec, batch: int = 1, device: torch.device | str = "cpu", generator: torch.Generator | None = None
+) -> dict[str, Tensor]:
+    """Random inputs of a network by the names of `Network.forward`, in its order: normal, at timestep 500."""
+    inputs: dict[str, Tensor] = {}
+    shapes = spec.inputs
+    for name in ("x", "timestep", "text", "pooled", "size_ids"):
+        if name == "timestep" and name in shapes:
+            inputs[name] = torch.full((batch,), 500.0, device=device)
+        elif name in shapes:
+            drawn = torch.randn(batch, *shapes[name], generator=generator, device=device)
+            inputs["sample" if name == "x" else name] = drawn
+    return inputs
+
+
 class Network(nn.Module):
     """A network whose submodules have the names of its blocks.
 
@@ -86,49 +101,62 @@ class Network(nn.Module):
         self.spec = spec
         for block in spec.blocks:
             _place(self, block.name, build_block(block))
+        self._needs = tuple(spec.inputs)
         self._last_use = {block.skip: i for i, block in enumerate(spec.blocks) if block.skip is not None}
 
     def forward(
         self,
         sample: Tensor,
-        timestep: Tensor | float,
-        text: Tensor,
+        timestep: Tensor | float | None = None,
+        text: Tensor | None = None,
+        pooled: Tensor | None = None,
+        size_ids: Tensor | None = None,
+        *,
         return_features: Collection[str] | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """One denoiser call.
+        """One call; which inputs a network takes is `spec.inputs` (there the sample is called "x").
 
         Args:
-            sample: noisy latent [B, C, H, W].
+            sample: noisy latent [B, C, H, W]; the clean one for a decoder.
             timestep: [B], or one number for the whole batch.
             text: text tokens [B, T, D].
+            pooled: summary of the text [B, P].
+            size_ids: sizes of the wanted image [B, n].
             return_features: names of blocks whose outputs are wanted too (for feature distillation).
 
         Returns:
-            The prediction [B, C, H, W]; with `return_features`, also those blocks' outputs by name.
+            The prediction [B, C, H, W]; with `return_features`, also those blocks' outputs by name (of a block that
+            writes several tensors, the first).
 
         Raises:
+            NasError: an input that a block reads is missing.
             UsageError: `return_features` names a block that is not in this network.
         """
         wanted = frozenset(return_features or ())
         if wanted:
             self._check_names(wanted)
-        timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
-        given = {"x": sample, "text": text, "timestep": timestep}
+        if timestep is not None:
+            timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
+        given = {"x": sample, "timestep": timestep, "text": text, "pooled": pooled, "size_ids": size_ids}
+        if missing := [name for name in self._needs if given.get(name) is None]:
+            raise NasError(f"network {self.spec.name} must be given {', '.join(missing)}")
         kept: dict[str, Tensor] = {}
         features: dict[str, Tensor] = {}
         for i, block in enumerate(self.spec.blocks):
             if block.skip is not None:
                 given["skip"] = kept[block.skip]
-            inputs = {name: given[name] for name, _ in block.inputs}
-            output = self.get_submodule(block.name)(**inputs)
-            given["temb" if block.kind == "time_embedding" else "x"] = output
+            outputs = self.get_submodule(block.name)(**{name: given[name] for name, _ in block.inputs})
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            given.update(zip(block.writes, outputs, strict=True))
             if block.name in self._last_use:
-                kept[block.name] = output
+                kept[block.name] = outputs[0]
             if block.skip is not None and self._last_use[block.skip] == i:
                 del kept[block.skip]
             if block.name in wanted:
-                features[block.name] = output
-        return given["x"] if return_features is None else (given["x"], features)
+                features[block.name] = outputs[0]
+        output = given["x"]
+        assert output is not None
+        return output if return_features is None else (output, features)
 
     def _check_names(self, names: Collection[str]) -> None:
         known = [block.name for block in self.spec.blocks]

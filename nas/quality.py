@@ -19,13 +19,12 @@ from typing import Any
 
 import torch
 
-from nas import registry, teachers
+from nas import families, registry, teachers
 from nas.build import build
 from nas.diffusion import FlowDenoiser
 from nas.distill import TrainSettings, predict, train
 from nas.errors import NasError
-from nas.families.unet import Scale
-from nas.network import NetworkSpec
+from nas.network import NetworkSpec, Scale
 from nas.objectives import Objective, objective
 from nas.paths import data_dir
 from nas.space import Candidate
@@ -211,8 +210,7 @@ def small_copy(candidate: Candidate, teacher: teachers.EmbeddedTeacher, settings
         text_tokens=tokens,
         text_width=text_width,
     )
-    spec: NetworkSpec = registry.load("nas.families", space.family).scaled(candidate, scale)
-    return spec
+    return families.scaled(candidate, scale)
 
 
 def student(spec: NetworkSpec, teacher: teachers.EmbeddedTeacher, patch: int, seed: int) -> FlowDenoiser:

@@ -50,6 +50,11 @@ class SearchSpace:
         return self.input.latent_height * self.input.pixels_per_latent
 
     @property
+    def resolution_step_px(self) -> int:
+        """Image sides are multiples of this: what the family can halve down to its lowest stage."""
+        return self.input.pixels_per_latent * int(self.fixed.get("downscale", 1))
+
+    @property
     def size(self) -> int:
         """How many combinations of choices there are, inactive and forbidden ones included (an upper bound)."""
         return math.prod(len(choice.values) for choice in self.choices)
@@ -90,11 +95,18 @@ class SearchSpace:
         Raises:
             UsageError: `px` is not a positive multiple of what the family can halve down to its lowest stage.
         """
-        step = self.input.pixels_per_latent * int(self.fixed.get("downscale", 1))
+        step = self.resolution_step_px
         if px <= 0 or px % step:
             raise UsageError(f"resolution {px} px must be a positive multiple of {step} px for space {self.name}")
         side = px // self.input.pixels_per_latent
         return replace(self, input=replace(self.input, latent_height=side, latent_width=side))
+
+    def with_text_width(self, width: int) -> SearchSpace:
+        """The same space for text tokens of another width, which is another text encoder's."""
+        if width == self.input.text_width:
+            return self
+        settled = replace(self.input, text_width=width)
+        return replace(self, input=settled, content_hash=short_hash(f"{self.content_hash}/text_width={width}"))
 
     # Candidates and rows
 
@@ -129,14 +141,35 @@ class SearchSpace:
         return Candidate(space=self, row=tuple(int(i) for i in canonical[0]))
 
     def reference(self, name: str) -> Candidate:
-        """A published network of this space, as a candidate.
+        """A published network of this space as a candidate, at this space's resolution and text width.
+
+        Raises:
+            UsageError: no such reference.
+        """
+        return self.candidate(**dict(self.find_reference(name).choices))
+
+    def published(self, name: str) -> Candidate:
+        """A published network at the resolution and text width that it was published with.
+
+        Raises:
+            UsageError: no such reference.
+        """
+        reference, space = self.find_reference(name), self
+        if reference.resolution_px is not None:
+            space = space.at_resolution(reference.resolution_px)
+        if reference.text_width is not None:
+            space = space.with_text_width(reference.text_width)
+        return space.candidate(**dict(reference.choices))
+
+    def find_reference(self, name: str) -> Reference:
+        """The record of a published network.
 
         Raises:
             UsageError: no such reference.
         """
         for reference in self.references:
             if reference.name == name:
-                return self.candidate(**dict(reference.choices))
+                return reference
         raise unknown("reference", name, [r.name for r in self.references], where=f"space {self.name}")
 
     def inactive(self, rows: np.ndarray) -> np.ndarray:

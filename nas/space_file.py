@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nas.errors import UsageError, unknown
-from nas.network import Scalar, short_hash
+from nas.network import InputShape, Scalar, short_hash
 
 # The top-level keys and the form of each (see _FORMS).
 _TOP = {
@@ -28,14 +28,35 @@ _TOP = {
 
 @dataclass(frozen=True, kw_only=True)
 class InputSettings:
-    """What the denoiser is called with: latent C H W, text T D; and how many pixels one latent cell stands for."""
+    """What the network is called with, and how many pixels one latent cell stands for.
+
+    Attributes:
+        latent_channels, latent_height, latent_width: C H W.
+        text_tokens, text_width: T D; both or neither (a decoder reads no text).
+        pooled_width, size_ids: further conditions as in `nas.network.InputShape`.
+    """
 
     latent_channels: int
     latent_height: int
     latent_width: int
     pixels_per_latent: int
-    text_tokens: int
-    text_width: int
+    text_tokens: int | None = None
+    text_width: int | None = None
+    pooled_width: int | None = None
+    size_ids: int | None = None
+
+    @property
+    def shape(self) -> InputShape:
+        """The same as a network's input."""
+        return InputShape(
+            channels=self.latent_channels,
+            height=self.latent_height,
+            width=self.latent_width,
+            text_tokens=self.text_tokens or 0,
+            text_width=self.text_width or 0,
+            pooled_width=self.pooled_width or 0,
+            size_ids=self.size_ids or 0,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,15 +110,26 @@ class Pipeline:
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """A published network as choices of the space, with its published figures (None where there are none)."""
+    """A published network as choices of the space, with its published figures (None where there are none).
+
+    Attributes:
+        params: its exact number of parameters.
+        gmacs: side of the image in px (as TOML writes a key: a text) -> giga-MACs of one call.
+        published: the parameter count in the publisher's own words.
+        step_ms: target -> ms of one call.
+        resolution_px, text_width: its own input where it is not the space's.
+    """
 
     name: str
     title: str
     choices: Mapping[str, Scalar]
     source: str
     params: int | None = None
-    macs: int | None = None
+    gmacs: Mapping[str, float] | None = None
+    published: str | None = None
     step_ms: Mapping[str, float] | None = None
+    resolution_px: int | None = None
+    text_width: int | None = None
 
 
 def _is_count(value: Any) -> bool:
@@ -112,9 +144,9 @@ def _is_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def _is_times(value: Any) -> bool:
-    times = list(value.values()) if isinstance(value, dict) else [None]
-    return all(isinstance(t, int | float) and not isinstance(t, bool) and t > 0 for t in times)
+def _is_figures(value: Any) -> bool:
+    figures = list(value.values()) if isinstance(value, dict) else [None]
+    return all(isinstance(t, int | float) and not isinstance(t, bool) and t > 0 for t in figures)
 
 
 def _is_scalars(value: Any) -> bool:
@@ -127,9 +159,10 @@ _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "int | None": (_is_count, "a whole number above 0"),
     "bool": (lambda value: isinstance(value, bool), "true or false"),
     "str": (lambda value: isinstance(value, str), "a text"),
+    "str | None": (lambda value: isinstance(value, str), "a text"),
     "tuple[str, ...]": (_is_texts, "a list of texts"),
     "Mapping[str, Scalar]": (_is_scalars, "a table of plain values"),
-    "Mapping[str, float] | None": (_is_times, "a table of times in ms above 0"),
+    "Mapping[str, float] | None": (_is_figures, "a table of numbers above 0"),
     "table": (lambda value: isinstance(value, dict), "a table"),
     "tables": (lambda value: isinstance(value, list), "a list of tables"),
 }
@@ -180,7 +213,7 @@ class _Reader:
             "name": self.path.stem,
             "family": data["family"],
             "summary": data.get("summary", ""),
-            "input": self.record(InputSettings, data["input"], "input"),
+            "input": self.input(data["input"]),
             "fixed": data.get("fixed", {}),
             "choices": choices,
             "rules": tuple(self.rule(rule, i, choices) for i, rule in enumerate(data.get("rules", []))),
@@ -190,6 +223,14 @@ class _Reader:
             "path": self.path,
             "content_hash": short_hash(self.text),
         }
+
+    def input(self, table: Mapping[str, Any]) -> InputSettings:
+        """[input]: text has a number of tokens and a width, or neither."""
+        read: InputSettings = self.record(InputSettings, table, "input")
+        for key, other in (("text_width", "text_tokens"), ("text_tokens", "text_width")):
+            if getattr(read, key) is None and getattr(read, other) is not None:
+                raise UsageError(f"{self.path}: [input] needs the key {key!r}, because it has {other!r}")
+        return read
 
     def place(self, key: str, where: str = "") -> str:
         """The file and the line on which `key` is set: the first such line of the section `where`, if it has one."""

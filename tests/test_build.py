@@ -9,8 +9,8 @@ import torch
 
 from nas.build import build, build_block
 from nas.errors import NasError, UsageError
-from nas.families.unet import Scale, scaled
-from nas.network import block
+from nas.families import scaled
+from nas.network import Scale, block
 from nas.space import load_space
 
 TINY = Scale(

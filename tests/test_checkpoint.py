@@ -20,8 +20,8 @@ from nas.checkpoint import (
     to_diffusers_state,
 )
 from nas.errors import NasError
-from nas.families.unet import Scale, scaled
-from nas.network import NetworkSpec, block
+from nas.families import scaled
+from nas.network import NetworkSpec, Scale, block
 from nas.space import load_space
 
 TINY = Scale(

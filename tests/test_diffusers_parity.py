@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from nas import families
 from nas.build import build
 from nas.checkpoint import from_diffusers_state, load_state, to_diffusers, to_diffusers_state
-from nas.families.unet import Scale, scaled
+from nas.families import scaled
+from nas.network import Scale
 from nas.space import load_space
 from nas.trace import block_trace, module_trace
 

@@ -10,9 +10,9 @@ import pytest
 
 from nas import registry
 from nas.errors import NasError, UsageError
-from nas.families import network, positions
-from nas.families.unet import Scale, kv_heads, scaled
-from nas.network import BlockSpec, NetworkSpec
+from nas.families import network, positions, scaled
+from nas.families.unet import kv_heads
+from nas.network import BlockSpec, NetworkSpec, Scale
 from nas.space import Candidate, SearchSpace, load_space
 
 SCALE = Scale(

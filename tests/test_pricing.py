@@ -195,7 +195,10 @@ def test_a_family_that_breaks_the_contract_is_named(space, monkeypatch, problem)
 
     def two(values):
         if problem == "twice":
-            return one(values)
+            return (
+                *one(values),
+                block("b", "stem", {"x": (1, 2, 2), "skip": (1, 2, 2)}, skip="a", in_channels=1, out_channels=1),
+            )
         return (block("b", "stem", {"x": (1, 2, 2), "skip": (1, 2, 2)}, skip="z", in_channels=1, out_channels=1),)
 
     made = (Position(name="1", depends=(), blocks=one), Position(name="2", depends=(), blocks=two))

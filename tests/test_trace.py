@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from nas import families
 from nas.build import build, build_block
 from nas.errors import NasError
-from nas.families.unet import Scale, scaled
-from nas.network import block
+from nas.families import scaled
+from nas.network import Scale, block
 from nas.space import load_space
 from nas.trace import _memory as memory
 from nas.trace import block_trace, cache, module_trace, trace_block, trace_module

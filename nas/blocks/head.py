@@ -20,11 +20,13 @@ class Settings:
         in_channels: Channels of the last stage.
         out_channels: Channels of the predicted latent.
         norm_groups: Groups of the GroupNorm.
+        norm_eps: Its epsilon; diffusers uses 1e-5 in UNets, 1e-6 in image decoders.
     """
 
     in_channels: int
     out_channels: int
     norm_groups: int
+    norm_eps: float = NORM_EPS
 
     def __post_init__(self) -> None:
         check_positive(
@@ -41,7 +43,7 @@ class Block(nn.Module):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
-        self.conv_norm_out = nn.GroupNorm(settings.norm_groups, settings.in_channels, eps=NORM_EPS)
+        self.conv_norm_out = nn.GroupNorm(settings.norm_groups, settings.in_channels, eps=settings.norm_eps)
         self.conv_out = nn.Conv2d(settings.in_channels, settings.out_channels, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:

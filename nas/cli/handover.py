@@ -23,8 +23,6 @@ from nas.cli.names import chosen
 from nas.errors import NasError, UsageError, unknown
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from nas.build import Network
     from nas.space import Candidate
 
@@ -164,7 +162,10 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a network for a runtime. The file's output is checked against torch."""
+    import torch
+
     from nas import registry
+    from nas.build import example_inputs
 
     exporter = registry.load("nas.exporters", file_format)
     reason = exporter.unavailable()
@@ -178,7 +179,7 @@ def export(
         progress("build", 0, 1, "the network and its weights")
         network, name = _network(subject, space, reference, candidate, resolution, seed)
         path = _exports_file(out, name, file_format)
-        inputs = _inputs(network)
+        inputs = example_inputs(network.spec, generator=torch.Generator().manual_seed(0))
         progress("export", 0, 1, f"{path}")
         exporter.export(network, inputs, path)
         progress("parity", 0, 1, "one call of the file and one of torch")
@@ -225,18 +226,6 @@ def _untrained(candidate: Candidate, seed: int) -> tuple[Network, str]:
 
     note("the weights are random: a full-size candidate has none until it is trained")
     return build(network(candidate), seed=seed).eval(), f"{candidate.space.name}-{candidate.key}"
-
-
-def _inputs(network: Network) -> dict[str, Tensor]:
-    import torch
-
-    shape = network.spec.input
-    generator = torch.Generator().manual_seed(0)
-    return {
-        "sample": torch.randn(1, shape.channels, shape.height, shape.width, generator=generator),
-        "timestep": torch.full((1,), 500.0),
-        "text": torch.randn(1, shape.text_tokens, shape.text_width, generator=generator),
-    }
 
 
 def _exports_file(out: Path | None, name: str, file_format: str) -> Path:

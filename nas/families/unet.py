@@ -16,26 +16,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from nas.errors import NasError, UsageError
-from nas.network import BlockSpec, InputShape, NetworkSpec, Position, Scalar, block
-from nas.space import Candidate, SearchSpace
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scale:
-    """The same structure at another size: what proxy networks and small measured networks are.
-
-    Widths are divided by `width_divisor` (and must stay multiples of head width and norm groups); depths, unit counts
-    and block kinds are kept; heads keep their number because head width shrinks with the widths.
-    """
-
-    width_divisor: int
-    head_width: int
-    norm_groups: int
-    latent_channels: int
-    height: int
-    width: int
-    text_tokens: int
-    text_width: int
+from nas.families import Values
+from nas.network import BlockSpec, InputShape, Position, Scalar, Scale, block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,93 +51,25 @@ class _Frame:
         return self.input.height >> stage, self.input.width >> stage
 
 
-class _Values:
-    """Values by name, from a candidate's choices first and the space's [fixed] second."""
-
-    def __init__(self, space: SearchSpace) -> None:
-        self.space = space
-
-    def depends(self, *names: str) -> tuple[str, ...]:
-        """Which of `names` are choices (the others must be fixed), each once, in order."""
-        for name in names:
-            if name not in self.space.column and name not in self.space.fixed:
-                raise UsageError(
-                    f"{self.space.path}: family unet needs {name!r} in [choices] or [fixed] of space {self.space.name}"
-                )
-        return tuple(dict.fromkeys(n for n in names if n in self.space.column))
-
-    def up_depth(self, stage: int) -> str:
-        name = f"up_depth_{stage}"
-        return name if name in self.space.column or name in self.space.fixed else f"depth_{stage}"
-
-    def most(self, name: str) -> int:
-        """The largest value that `name` can take."""
-        if name in self.space.column:
-            return max(int(v) for v in self.space.choice(name).values)
-        return self.fixed(name)
-
-    def fixed(self, name: str) -> int:
-        """A whole number that every network of the space shares."""
-        value = self.space.fixed.get(name)
-        if type(value) is not int or value < 1:
-            raise UsageError(
-                f"{self.space.path}: family unet needs {name!r} in [fixed] as a whole number above 0, got {value!r}"
-            )
-        return value
-
-
-def positions(space: SearchSpace) -> Iterator[Position]:
-    """The positions of the space's networks, in execution order."""
-    values = _Values(space)
-    shape = space.input
-    frame = _Frame(
-        input=InputShape(
-            channels=shape.latent_channels,
-            height=shape.latent_height,
-            width=shape.latent_width,
-            text_tokens=shape.text_tokens,
-            text_width=shape.text_width,
-        ),
-        stages=values.fixed("stages"),
-        width_divisor=1,
-        head_width=values.fixed("head_width"),
-        norm_groups=values.fixed("norm_groups"),
-    )
-    return _positions(space, values, frame)
-
-
-def scaled(candidate: Candidate, scale: Scale) -> NetworkSpec:
-    """The candidate's structure at another scale.
+def positions(values: Values, shape: InputShape, scale: Scale | None = None) -> Iterator[Position]:
+    """The positions of a UNet: stem, time embedding, down stages, middle, up stages, head.
 
     Raises:
+        UsageError: a setting is missing or out of range.
         NasError: a width does not divide, or the latent cannot be halved down to the lowest stage.
     """
-    values = _Values(candidate.space)
-    shape = InputShape(
-        channels=scale.latent_channels,
-        height=scale.height,
-        width=scale.width,
-        text_tokens=scale.text_tokens,
-        text_width=scale.text_width,
-    )
     frame = _Frame(
         input=shape,
-        stages=values.fixed("stages"),
-        width_divisor=scale.width_divisor,
-        head_width=scale.head_width,
-        norm_groups=scale.norm_groups,
+        stages=values.count("stages"),
+        width_divisor=1 if scale is None else scale.width_divisor,
+        head_width=values.count("head_width") if scale is None else scale.head_width,
+        norm_groups=values.count("norm_groups") if scale is None else scale.norm_groups,
     )
-    blocks = tuple(
-        spec
-        for position in _positions(candidate.space, values, frame)
-        for spec in position.blocks({name: candidate.values[name] for name in position.depends})
-    )
-    return NetworkSpec(name=f"{candidate}/{scale.width_divisor}", input=shape, blocks=blocks)
+    return _positions(values, frame)
 
 
-def _positions(space: SearchSpace, values: _Values, frame: _Frame) -> Iterator[Position]:
-    """Stem, time embedding, down stages, middle, up stages, head."""
-    builder = _Builder(space=space, frame=frame)
+def _positions(values: Values, frame: _Frame) -> Iterator[Position]:
+    builder = _Builder(values=values, frame=frame)
     first = values.depends("width_0")
     yield Position(name="stem", depends=first, blocks=builder.stem)
     yield Position(name="time_embedding", depends=first, blocks=builder.time_embedding)
@@ -179,11 +93,13 @@ def _positions(space: SearchSpace, values: _Values, frame: _Frame) -> Iterator[P
     yield Position(name="head", depends=first, blocks=builder.head)
 
 
-def _units(values: _Values, builder: _Builder, side: str, stage: int) -> Iterator[Position]:
+def _units(values: Values, builder: _Builder, side: str, stage: int) -> Iterator[Position]:
     """One residual block and one transformer position per unit that the stage may have."""
     neighbours = {"down": [stage - 1], "up": [stage + 1, stage - 1]}[side]
     widths = [f"width_{s}" for s in (0, stage, *neighbours) if 0 <= s < builder.frame.stages]
-    depth = values.up_depth(stage) if side == "up" else f"depth_{stage}"
+    depth = f"depth_{stage}"
+    if side == "up" and f"up_depth_{stage}" in values:
+        depth = f"up_depth_{stage}"
     most = values.most(f"resnets_{stage}") + (1 if side == "up" else 0)
     for unit in range(most):
         here = replace(builder, side=side, stage=stage, unit=unit, depth=depth)
@@ -209,7 +125,7 @@ def _units(values: _Values, builder: _Builder, side: str, stage: int) -> Iterato
         )
 
 
-def _middle(values: _Values, builder: _Builder, stage: int) -> Iterator[Position]:
+def _middle(values: Values, builder: _Builder, stage: int) -> Iterator[Position]:
     """Residual block, transformer with self-attention, residual block, at the lowest stage's width and depth."""
     for unit in range(2):
         here = replace(builder, side="mid", stage=stage, unit=unit, depth=f"depth_{stage}")
@@ -230,7 +146,7 @@ def _middle(values: _Values, builder: _Builder, stage: int) -> Iterator[Position
 class _Builder:
     """Makes the blocks of one position from the choice values that the position depends on."""
 
-    space: SearchSpace
+    values: Values
     frame: _Frame
     side: str = ""
     stage: int = 0
@@ -238,7 +154,7 @@ class _Builder:
     depth: str = ""
 
     def _get(self, values: Mapping[str, Scalar], name: str) -> Scalar:
-        return values[name] if name in values else self.space.fixed[name]
+        return values[name] if name in values else self.values.fixed[name]
 
     def _width(self, values: Mapping[str, Scalar], stage: int) -> int:
         return self.frame.width(self._get(values, f"width_{stage}"))
@@ -263,7 +179,14 @@ class _Builder:
     def time_embedding(self, values: Mapping[str, Scalar]) -> tuple[BlockSpec, ...]:
         width = self._width(values, 0)
         return (
-            block("time_embedding", "time_embedding", {"timestep": ()}, frequency_width=width, time_width=4 * width),
+            block(
+                "time_embedding",
+                "time_embedding",
+                {"timestep": ()},
+                writes=("temb",),
+                frequency_width=width,
+                time_width=4 * width,
+            ),
         )
 
     def head(self, values: Mapping[str, Scalar]) -> tuple[BlockSpec, ...]:
@@ -297,7 +220,7 @@ class _Builder:
         kind, _, expansion = conv.partition("-")
         if kind not in ("full", "separable") or (kind == "separable" and expansion not in ("1", "2")):
             raise UsageError(
-                f"{self.space.path}: conv_{self.stage} must be full, separable-1 or separable-2, got {conv!r}"
+                f"{self.values.where}: conv_{self.stage} must be full, separable-1 or separable-2, got {conv!r}"
             )
         size, time_width = self.frame.size(self.stage), 4 * self._width(values, 0)
         out_channels = self._width(values, self.stage)
@@ -315,7 +238,7 @@ class _Builder:
         if kind == "separable":
             settings["expansion"] = int(expansion)
         name = f"{self._path}.resnets.{self.unit}"
-        return (block(name, "resnet" if kind == "full" else "separable", inputs, skip=skip, **settings),)
+        return (block(name, "resnet" if kind == "full" else "separable", inputs, skip=skip, writes=("x",), **settings),)
 
     def _resnet_inputs(self, values: Mapping[str, Scalar], width: int) -> tuple[int, str | None, int]:
         """Channels of x, the block skipped from, and its channels."""

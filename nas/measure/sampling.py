@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from nas import families, registry, tables
-from nas.families.unet import Scale
+from nas import families, tables
 from nas.measure.subjects import Subject, block_subject, network_subject
-from nas.network import BlockSpec, NetworkSpec
+from nas.network import BlockSpec, NetworkSpec, Scale
 from nas.op import FEATURES
 from nas.space import SearchSpace
 
@@ -95,14 +94,13 @@ def sample_networks(
     sizes = np.array([max(len(choice.values) - 1, 1) for choice in space.choices])
     tags = [set(enumerate(row.tolist())) for row in rows]
     order = _diverse(rows / sizes, tags, 3 * count, seed, first=len(references))
-    family = registry.load("nas.families", space.family)
     chosen: list[Subject] = []
     for scales in (_NETWORK_SCALES, _SMALLEST_SCALES):
         for position, index in enumerate(order):
             if len(chosen) == count:
                 break
             divisor, side = scales[position % len(scales)]
-            network = family.scaled(space.from_row(rows[index]), _scale(space, divisor, side))
+            network = families.scaled(space.from_row(rows[index]), _scale(space, divisor, side))
             subject = network_subject(network, space.name, side * space.input.pixels_per_latent, batch)
             if least_gmac <= subject.macs / 1e9 <= most_gmac:
                 chosen.append(subject)
@@ -133,8 +131,8 @@ def _scale(space: SearchSpace, divisor: int, side: int) -> Scale:
         latent_channels=space.input.latent_channels,
         height=side,
         width=side,
-        text_tokens=space.input.text_tokens,
-        text_width=space.input.text_width // divisor,
+        text_tokens=space.input.text_tokens or 0,
+        text_width=(space.input.text_width or 0) // divisor,
     )
 
 

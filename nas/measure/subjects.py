@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nas.build import build, build_block
+from nas.build import build, build_block, example_inputs
 from nas.network import BlockSpec, NetworkSpec
 from nas.op import features
 from nas.space import SearchSpace
@@ -116,19 +116,14 @@ def _inputs(spec: BlockSpec, batch: int) -> dict[str, Tensor]:
 def network_subject(spec: NetworkSpec, space: str, px: int | None, batch: int) -> Subject:
     """A network of the space `space` at an image of `px` pixels, called with `batch` samples."""
     ops = [op for block in spec.blocks for op in trace_block(block, batch)]
-    shape = spec.input
 
     def make(batch: int) -> tuple[nn.Module, dict[str, Tensor]]:
-        return build(spec), {
-            "sample": torch.randn(batch, shape.channels, shape.height, shape.width),
-            "timestep": torch.full((batch,), 500.0),
-            "text": torch.randn(batch, shape.text_tokens, shape.text_width),
-        }
+        return build(spec), example_inputs(spec, batch)
 
     return Subject(
         key=spec.key,
         kind="network",
-        name=f"{spec.name} {shape.height}x{shape.width}",
+        name=f"{spec.name} {spec.input.height}x{spec.input.width}",
         spec={**spec.to_json(), "space": space},
         resolution_px=px,
         build=make,

@@ -77,7 +77,7 @@ def slots(space: SearchSpace) -> tuple[tuple[Slot, ...], tuple[BlockSpec, ...]]:
     """
     distinct: dict[object, int] = {}
     specs: list[BlockSpec] = []
-    slot_of: dict[str, int] = {}
+    slot_of: dict[str, set[int]] = {}
     found: list[Slot] = []
     for position in families.positions(space):
         index = _index(space, position)
@@ -88,8 +88,7 @@ def slots(space: SearchSpace) -> tuple[tuple[Slot, ...], tuple[BlockSpec, ...]]:
                 if spec.signature not in distinct:
                     distinct[spec.signature] = len(specs)
                     specs.append(spec)
-                if slot_of.setdefault(spec.name, len(found)) != len(found):
-                    raise NasError(f"family {space.family}: block {spec.name!r} stands in more than one place")
+                slot_of.setdefault(spec.name, set()).add(len(found))
             found.append(_slot(index, column, distinct, slot_of))
     return tuple(found), tuple(specs)
 
@@ -105,14 +104,16 @@ def _combinations(space: SearchSpace, position: Position) -> list[dict[str, bool
 
 
 def _slot(
-    index: Index, column: Sequence[BlockSpec | None], distinct: dict[object, int], slot_of: dict[str, int]
+    index: Index, column: Sequence[BlockSpec | None], distinct: dict[object, int], slot_of: dict[str, set[int]]
 ) -> Slot:
     def source(spec: BlockSpec | None) -> int:
         if spec is None or spec.skip is None:
             return NONE
-        if spec.skip not in slot_of:
-            raise NasError(f"block {spec.name!r} skips from {spec.skip!r}, which no earlier position makes")
-        return slot_of[spec.skip]
+        places = slot_of.get(spec.skip, set())
+        if len(places) != 1:
+            wrong = "stands in more than one place" if places else "no earlier position makes"
+            raise NasError(f"block {spec.name!r} skips from {spec.skip!r}, which {wrong}")
+        return next(iter(places))
 
     return Slot(
         index=index,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nas import families
-from nas.build import Network, build
+from nas.build import Network, build, example_inputs
 from nas.network import NetworkSpec
 from nas.space import Candidate
 from nas.trace import block_trace
@@ -111,14 +111,11 @@ def _latent(spec: NetworkSpec) -> str:
     return f"{spec.input.height}×{spec.input.width}"
 
 
-def _inputs(spec: NetworkSpec, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample [1, C, H, W], timestep [1], text [1, T, D]."""
-    shape = spec.input
-    return (
-        torch.zeros(1, shape.channels, shape.height, shape.width, device=device),
-        torch.zeros(1, device=device),
-        torch.zeros(1, shape.text_tokens, shape.text_width, device=device),
-    )
+def _positional(spec: NetworkSpec, device: str) -> tuple[Tensor | None, ...]:
+    """The inputs in the order of `Network.forward`, None for those that the network does not take."""
+    given = example_inputs(spec, device=device)
+    names = ("sample", "timestep", "text", "pooled", "size_ids")
+    return tuple(given.get(name) for name in names[: 1 + max(names.index(name) for name in given)])
 
 
 def _ours(spec: NetworkSpec) -> list[tuple[str, int, int | None]]:
@@ -129,7 +126,7 @@ def _ours(spec: NetworkSpec) -> list[tuple[str, int, int | None]]:
 def _torch(spec: NetworkSpec) -> list[tuple[str, int, int | None]]:
     network = build(spec, "meta").eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network(*_inputs(spec, "meta"))
+        network(**example_inputs(spec, device="meta"))
     return [(TORCH, counter.get_total_flops() // 2, None)]
 
 
@@ -141,7 +138,7 @@ def _thop(spec: NetworkSpec) -> list[tuple[str, int, int | None]]:
         import thop
 
         with torch.no_grad():
-            macs, params = thop.profile(build(spec, "meta").eval(), inputs=_inputs(spec, "meta"), verbose=False)
+            macs, params = thop.profile(build(spec, "meta").eval(), inputs=_positional(spec, "meta"), verbose=False)
     return [(THOP, int(macs), int(params))]
 
 
@@ -152,7 +149,7 @@ def _fvcore(spec: NetworkSpec) -> list[tuple[str, int, int | None]]:
         warnings.filterwarnings("ignore", message="`torch.jit", category=DeprecationWarning)
         from fvcore.nn import FlopCountAnalysis
 
-        analysis = FlopCountAnalysis(network, _inputs(spec, "cpu")).set_op_handle(f"aten::{_SDPA}", _sdpa_macs)
+        analysis = FlopCountAnalysis(network, _positional(spec, "cpu")).set_op_handle(f"aten::{_SDPA}", _sdpa_macs)
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         with torch.no_grad():
             total, attention = int(analysis.total()), int(analysis.by_operator()[_SDPA])

@@ -78,7 +78,14 @@ def network_spec(settings: TeacherSettings) -> NetworkSpec:
     high, low = (side, side), (side // 2, side // 2)
     blocks = (
         block("conv_in", "stem", {"x": (channels, *high)}, in_channels=channels, out_channels=wide),
-        block("time_embedding", "time_embedding", {"timestep": ()}, frequency_width=wide, time_width=4 * wide),
+        block(
+            "time_embedding",
+            "time_embedding",
+            {"timestep": ()},
+            writes=("temb",),
+            frequency_width=wide,
+            time_width=4 * wide,
+        ),
         _resnet(settings, "down_blocks.0.resnets.0", wide, wide, high),
         _transformer(settings, "down_blocks.0.attentions.0", wide, high),
         block("down_blocks.0.downsamplers.0", "downsample", {"x": (wide, *high)}, channels=wide),

@@ -32,8 +32,9 @@ class SearchSpace:
     input: InputSettings
     fixed: Mapping[str, Scalar]
     choices: tuple[Choice, ...]
+    meanings: Mapping[str, str]
     rules: tuple[Rule, ...]
-    pipeline: Pipeline
+    pipeline: Pipeline | None
     references: tuple[Reference, ...]
     sources: tuple[str, ...]
     path: Path

@@ -20,6 +20,7 @@ _TOP = {
     "input": "table",
     "fixed": "Mapping[str, Scalar]",
     "choices": "table",
+    "meanings": "Mapping[str, Scalar]",
     "rules": "tables",
     "pipeline": "table",
     "reference": "tables",
@@ -93,13 +94,15 @@ class Pipeline:
     Attributes:
         steps: denoiser calls per image.
         guidance: whether classifier-free guidance doubles each call.
-        parts: roles charged once per image ("text_encoders", "decoder"); each target's table says what they cost.
+        text_encoders: names of nas.components, each run once per image.
+        decoder: name of nas.components, run once per image.
         source: where the pipeline is described.
     """
 
     steps: int
     guidance: bool
-    parts: tuple[str, ...]
+    text_encoders: tuple[str, ...]
+    decoder: str
     source: str
 
     @property
@@ -194,7 +197,7 @@ class _Reader:
 
     def space(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """The whole file."""
-        self.keys(data, _TOP, required=("family", "input", "choices", "pipeline"), where="")
+        self.keys(data, _TOP, required=("family", "input", "choices"), where="")
         for key, annotation in _TOP.items():
             if key in data:
                 self.form(annotation, key, data[key], where="")
@@ -216,8 +219,9 @@ class _Reader:
             "input": self.input(data["input"]),
             "fixed": data.get("fixed", {}),
             "choices": choices,
+            "meanings": self.meanings(data.get("meanings", {}), choices),
             "rules": tuple(self.rule(rule, i, choices) for i, rule in enumerate(data.get("rules", []))),
-            "pipeline": self.record(Pipeline, data["pipeline"], "pipeline"),
+            "pipeline": self.record(Pipeline, data["pipeline"], "pipeline") if "pipeline" in data else None,
             "references": tuple(references),
             "sources": tuple(data.get("sources", ())),
             "path": self.path,
@@ -292,6 +296,13 @@ class _Reader:
                 raise UsageError(f"{place}: the numbers of {name} must ascend, got {values!r}")
             read.append(Choice(name=name, values=tuple(values), ordinal=numeric))
         return tuple(read)
+
+    def meanings(self, table: Mapping[str, Any], choices: tuple[Choice, ...]) -> dict[str, str]:
+        """[meanings]: a choice -> what it decides, in a few words."""
+        self.keys(table, [choice.name for choice in choices], required=(), where="meanings")
+        for name, meaning in table.items():
+            self.form("str", name, meaning, "meanings")
+        return dict(table)
 
     def rule(self, table: Mapping[str, Any], number: int, choices: tuple[Choice, ...]) -> Rule:
         """[[rules]]: `when` with either `inactive` or `forbid = true`, and `because`."""

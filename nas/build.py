@@ -111,7 +111,6 @@ class Network(nn.Module):
         text: Tensor | None = None,
         pooled: Tensor | None = None,
         size_ids: Tensor | None = None,
-        *,
         return_features: Collection[str] | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """One call; which inputs a network takes is `spec.inputs` (there the sample is called "x").

@@ -9,15 +9,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nas import quality
+from nas import quality, registry
 from nas.device import Budget, find_target
 from nas.errors import UsageError
-from nas.evaluate import Evaluation, Evaluator, terms
+from nas.evaluate import Evaluation, Evaluator, terms, with_pipeline
 from nas.latency import load_predictor
 from nas.paths import writable_dir
 from nas.provenance import provenance
 from nas.record import SCHEMA, Trial, blocks_frame, edges, front, hypervolumes, recommend, trials_frame, write
-from nas.space import load_space
+from nas.space import SearchSpace, load_space
 from nas.study import Plan, Study
 
 Progress = Callable[[str, int, int, str], None]
@@ -34,6 +34,10 @@ class SearchSettings:
     jobs: int = 2
     confidence: float = 0.8
     resolution_px: int | None = None
+    steps: int | None = None
+    guidance: bool | None = None
+    decoder: str | None = None
+    text_encoders: tuple[str, ...] | None = None
     teacher: str = "embedded"
     out: Path | None = None
     fresh: bool = False
@@ -79,12 +83,15 @@ def plan_search(settings: SearchSettings) -> Plan:
     if settings.resolution_px is not None:
         space = space.at_resolution(settings.resolution_px)
     budget = Budget.parse(settings.budget)
+    _check_proxy(space)
+    space = _piped(space, settings, budget)
     sheet = find_target(budget.device)
+    predictor = load_predictor(sheet.slug)
     evaluator = Evaluator(
         space=space,
         sheet=sheet,
-        predictor=load_predictor(sheet.slug),
-        terms=terms(space, sheet, budget, settings.confidence),
+        predictor=predictor,
+        terms=terms(space, sheet, budget, settings.confidence, predictor),
     )
     return Plan(
         evaluator=evaluator,
@@ -94,6 +101,27 @@ def plan_search(settings: SearchSettings) -> Plan:
         seed=settings.seed,
         jobs=settings.jobs,
     )
+
+
+def _check_proxy(space: SearchSpace) -> None:
+    """Refuses a family whose networks have no small copies to distil."""
+    reason = getattr(registry.load("nas.families", space.family), "NO_PROXY", None)
+    if reason is not None:
+        raise UsageError(f"space {space.name} cannot be searched: {reason}", hint=f"nas profile --space {space.name}")
+
+
+def _piped(space: SearchSpace, settings: SearchSettings, budget: Budget) -> SearchSpace:
+    """The space with the pipeline that was asked for.
+
+    Raises:
+        UsageError: the budget is for one denoiser call, which no pipeline changes.
+    """
+    names = ("steps", "guidance", "decoder", "text_encoders")
+    asked = {name: value for name in names if (value := getattr(settings, name)) is not None}
+    if asked and budget.per_step:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
+        raise UsageError(f"{options} has no effect on {budget}, a budget for one denoiser call")
+    return with_pipeline(space, **asked)
 
 
 def preview(plan: Plan) -> dict[str, Any]:
@@ -176,6 +204,8 @@ def write_record(study: Study, settings: SearchSettings) -> SearchResult:
     members = front(trials)
     recommended = recommend(members)
     chosen = next((m for m in members if recommended and m.key == recommended["key"]), None)
+    if recommended and chosen:
+        recommended = recommended | {"why": f"{recommended['why']}; {_sum(evaluator, chosen)}"}
     asked = len(study.study.get_trials(deepcopy=False))
     counts = {
         state: sum(t.state == state for t in trials) for state in ("proxied", "infeasible", "duplicate", "failed")
@@ -225,6 +255,11 @@ def write_record(study: Study, settings: SearchSettings) -> SearchResult:
     return SearchResult(folder=study.folder, record=record, front=members)
 
 
+def _sum(evaluator: Evaluator, member: Evaluation) -> str:
+    """A latency as the sum that it is."""
+    return f"{member.latency_ms:.0f} ms = {evaluator.terms.words(member.step_ms)}"
+
+
 def _typed(folder: Path) -> str:
     """What a person types for a study: its name where it lies under reports/, else its path."""
     return folder.name if folder.parent == Path("reports") else str(folder)
@@ -255,12 +290,16 @@ def _budget(evaluator: Evaluator) -> dict[str, Any]:
 def _pipeline(evaluator: Evaluator) -> dict[str, Any]:
     pipeline = evaluator.space.pipeline
     return {
-        "steps": pipeline.steps,
-        "guidance": pipeline.guidance,
+        "steps": pipeline.steps if pipeline else 1,
+        "guidance": pipeline.guidance if pipeline else False,
         "calls": evaluator.terms.calls,
         "parts": [asdict(part) for part in evaluator.terms.parts],
         "fixed_ms": evaluator.terms.fixed_ms,
-        "source": pipeline.source,
+        "fixed_low_ms": evaluator.terms.fixed_low_ms,
+        "fixed_high_ms": evaluator.terms.fixed_high_ms,
+        "text_encoders": list(pipeline.text_encoders) if pipeline else [],
+        "decoder": pipeline.decoder if pipeline else None,
+        "source": pipeline.source if pipeline else "",
     }
 
 

@@ -63,6 +63,7 @@ class Plan:
             "target": self.evaluator.sheet.slug,
             "predictor": short_hash(json.dumps(self.evaluator.predictor.to_json(), sort_keys=True)),
             "budget": str(terms.budget),
+            "pipeline": None if terms.budget.per_step else _paid_for(self.evaluator.space),
             "confidence": terms.confidence,
             "teacher": quality.teacher_hash(self.teacher),
             "proxy": asdict(self.proxy),
@@ -70,6 +71,13 @@ class Plan:
         }
         # As it will be read back: tuples become lists.
         return dict(json.loads(json.dumps(identity)))
+
+
+def _paid_for(space: SearchSpace) -> dict[str, Any] | None:
+    """What a budget for a whole image is charged with; its words on where that comes from decide nothing."""
+    if space.pipeline is None:
+        return None
+    return {key: value for key, value in asdict(space.pipeline).items() if key != "source"}
 
 
 def distributions(space: SearchSpace) -> dict[str, BaseDistribution]:

@@ -1,4 +1,4 @@
-"""Latency tables: measured rows, the subjects they are rows of, and the fixed parts of a pipeline.
+"""Latency tables: measured rows and the subjects that they are rows of.
 
 A table is `latency_tables/<slug>.csv`, one row per session and subject, beside `<slug>.subjects.json`, which holds each
 subject's features so that a fit needs neither torch nor a trace.
@@ -116,16 +116,6 @@ class Subject:
     def vector(self) -> np.ndarray:
         """Features as float64 [F]."""
         return np.array([float(self.features.get(name, 0.0)) for name in FEATURES])
-
-
-@dataclass(frozen=True, kw_only=True)
-class FixedPart:
-    """A pipeline part that every image pays once, whatever the denoiser."""
-
-    role: str
-    name: str
-    ms: float
-    source: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,28 +306,3 @@ def noise_floor(found: Iterable[Observation]) -> dict[str, float] | None:
         "subjects": float(len(repeated)),
         "sessions": float(np.median([len(o.session_ms) for o in repeated])),
     }
-
-
-def fixed_parts(
-    slug: str, roles: Iterable[str], resolution_px: int, folder: str | Path | None = None
-) -> tuple[FixedPart, ...]:
-    """What an image pays once besides the denoiser, one part per role: rows at exactly this resolution, or at none.
-
-    Raises:
-        NasError: a role has no usable row on this target at this resolution.
-    """
-    rows = [row for row in read(slug, folder) if row.role and not row.flagged]
-    parts = []
-    for role in roles:
-        # A text encoder has no resolution: its row serves them all.
-        fitting = [row for row in rows if row.role == role and row.resolution_px in (None, resolution_px)]
-        if not fitting:
-            others = sorted({row.resolution_px for row in rows if row.role == role and row.resolution_px})
-            there = f"; it has one at {', '.join(f'{px} px' for px in others)}" if others else ""
-            raise NasError(
-                f"{slug} has no latency of the part {role!r} at {resolution_px} px{there}",
-                hint="budget one denoiser call, which has no fixed parts: --budget TIME/step@DEVICE",
-            )
-        ms = float(np.median([row.latency_ms for row in fitting]))
-        parts.append(FixedPart(role=role, name=fitting[0].subject, ms=ms, source=fitting[0].source))
-    return tuple(parts)

@@ -10,68 +10,13 @@ from torch.nn import functional as F
 
 from nas import registry
 from nas.blocks.time_embedding import sinusoid
-from nas.blocks.transformer import RMSNorm
+from nas.blocks.transformer import RMSNorm, rotate, rotation
 from nas.build import build_block
 from nas.errors import NasError
 from nas.network import block
+from nas.trace import block_trace
+from tests.block_specs import MAP, SPECS, TEXT, TRANSFORMER
 
-TRANSFORMER = {
-    "channels": 16,
-    "depth": 2,
-    "head_width": 4,
-    "kv_heads": 1,
-    "text_width": 12,
-    "self_attention": True,
-    "cross_attention": True,
-    "qk_norm": "rms_norm",
-    "ffn_ratio": 3,
-    "norm_groups": 4,
-}
-MAP, TEXT = (16, 4, 6), (5, 12)
-
-
-def residual(name: str, kind: str, **extra):
-    settings = {"in_channels": 24, "out_channels": 16, "time_width": 10, "norm_groups": 4, **extra}
-    return block(name, kind, {"x": MAP, "skip": (8, 4, 6), "temb": (10,)}, skip="down", **settings)
-
-
-# At least one spec of every kind; a kind without one fails the first test.
-SPECS = {
-    spec.name: (spec, shape)
-    for spec, shape in [
-        (block("stem", "stem", {"x": (4, 4, 6)}, in_channels=4, out_channels=16), MAP),
-        (
-            block("time_embedding", "time_embedding", {"timestep": ()}, frequency_width=8, time_width=10),
-            (10,),
-        ),
-        (residual("resnet", "resnet"), MAP),
-        (residual("separable-1", "separable", expansion=1), MAP),
-        (residual("separable-2", "separable", expansion=2), MAP),
-        (block("transformer", "transformer", {"x": MAP, "text": TEXT}, **TRANSFORMER), MAP),
-        (
-            block(
-                "transformer-gqa",
-                "transformer",
-                {"x": MAP, "text": TEXT},
-                **{**TRANSFORMER, "kv_heads": 2, "qk_norm": "none", "self_attention": False},
-            ),
-            MAP,
-        ),
-        (
-            block(
-                "transformer-blind",
-                "transformer",
-                {"x": MAP},
-                **{**TRANSFORMER, "kv_heads": 4, "cross_attention": False, "text_width": 0},
-            ),
-            MAP,
-        ),
-        (block("downsample", "downsample", {"x": MAP}, channels=16), (16, 2, 3)),
-        (block("downsample-wider", "downsample", {"x": MAP}, channels=16, out_channels=20), (20, 2, 3)),
-        (block("upsample", "upsample", {"x": MAP}, channels=16), (16, 8, 12)),
-        (block("head", "head", {"x": MAP}, in_channels=16, out_channels=4, norm_groups=4), (4, 4, 6)),
-    ]
-}
 every = pytest.mark.parametrize("name", SPECS)
 
 
@@ -80,18 +25,25 @@ def inputs(spec, batch=2):
     return {name: torch.randn(batch, *shape, generator=generator) for name, shape in spec.inputs}
 
 
-def test_every_kind_has_a_spec_here():
+def outputs(module, **given):
+    """What a block writes, as a tuple whether it is one tensor or several."""
+    output = module(**given)
+    return output if isinstance(output, tuple) else (output,)
+
+
+def test_every_kind_has_a_spec():
     assert {spec.kind for spec, _ in SPECS.values()} == set(registry.plugins("nas.blocks"))
 
 
 @every
 def test_shape_and_gradients(name):
-    spec, shape = SPECS[name]
+    spec, shapes = SPECS[name]
     module = build_block(spec)
     given = {key: tensor.requires_grad_() for key, tensor in inputs(spec).items()}
-    output = module(**given)
-    assert output.shape == (2, *shape)
-    (output**2).sum().backward()
+    got = outputs(module, **given)
+    assert [tuple(output.shape) for output in got] == [(2, *shape) for shape in shapes]
+    assert len(got) == len(spec.writes)
+    sum((output**2).sum() for output in got).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
     assert all(tensor.grad.abs().sum() > 0 for tensor in given.values())
 
@@ -103,15 +55,17 @@ def test_a_block_made_on_meta_works_once_it_has_weights(name):
     with torch.device("meta"):
         late = build_block(spec).eval()
     late.load_state_dict(real.state_dict(), assign=True)
-    assert torch.equal(late(**inputs(spec)), real(**inputs(spec)))
+    assert not list(late.buffers())
+    torch.testing.assert_close(outputs(late, **inputs(spec)), outputs(real, **inputs(spec)), rtol=0, atol=0)
 
 
 @every
 def test_the_images_of_a_batch_do_not_mix(name):
     spec, _ = SPECS[name]
     module, given = build_block(spec).eval(), inputs(spec)
-    alone = module(**{key: tensor[1:] for key, tensor in given.items()})
-    torch.testing.assert_close(module(**given)[1:], alone, rtol=1e-4, atol=1e-5)
+    alone = outputs(module, **{key: tensor[1:] for key, tensor in given.items()})
+    together = tuple(output[1:] for output in outputs(module, **given))
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
 @every
@@ -119,17 +73,22 @@ def test_torch_export_reproduces_it(name):
     spec, _ = SPECS[name]
     module, given = build_block(spec).eval(), inputs(spec, batch=1)
     program = torch.export.export(module, (), kwargs=given)
-    torch.testing.assert_close(program.module()(**given), module(**given))
+    torch.testing.assert_close(outputs(program.module(), **given), outputs(module, **given))
 
 
 @every
 def test_half_precision_stays_half(name):
     spec, _ = SPECS[name]
     module = build_block(spec).to(torch.bfloat16)
-    given = {key: tensor.to(torch.bfloat16) for key, tensor in inputs(spec).items()}
-    output = module(**given)
-    assert output.dtype == torch.bfloat16
-    assert torch.isfinite(output).all()
+    for output in outputs(module, **{key: tensor.to(torch.bfloat16) for key, tensor in inputs(spec).items()}):
+        assert output.dtype == torch.bfloat16
+        assert torch.isfinite(output).all()
+
+
+@every
+def test_it_is_traced_with_its_parameters(name):
+    spec, _ = SPECS[name]
+    assert block_trace(spec).params == sum(p.numel() for p in build_block(spec).parameters())
 
 
 @pytest.mark.parametrize(
@@ -145,6 +104,10 @@ def test_half_precision_stays_half(name):
         ("transformer", {"ffn_ratio": 0}, r"ffn_ratio = 0 .* above 0"),
         ("transformer", {"text_width": 0}, r"text_width = 0"),
         ("downsample", {"out_channels": -1}, r"downsample block: out_channels"),
+        ("transformer", {"projection": "pointwise"}, r"projection = 'pointwise' .* linear or conv"),
+        ("transformer-rope", {"head_width": 2}, r"head_width = 2 .* multiple of 4 with rope"),
+        ("text_time", {"size_embedding_width": 5}, r"text_time block: size_embedding_width = 5 .* even"),
+        ("text_time", {"pooled_width": 0}, r"text_time block: pooled_width = 0"),
         ("upsample", {"channels": 0}, r"upsample block: channels = 0"),
         ("head", {"norm_groups": 3}, r"head block: norm_groups = 3"),
     ],
@@ -214,3 +177,95 @@ def test_cross_attention_without_text_is_an_error():
     spec, _ = SPECS["transformer"]
     with pytest.raises(NasError, match="text"):
         build_block(spec)(x=torch.zeros(1, *MAP))
+
+
+def test_convolutions_in_and_out_equal_linear_layers():
+    linear, given = build_block(SPECS["transformer"][0]), inputs(SPECS["transformer"][0])
+    conv = build_block(SPECS["transformer-conv"][0])
+    state = {
+        key: tensor[:, :, None, None] if key in ("proj_in.weight", "proj_out.weight") else tensor
+        for key, tensor in linear.state_dict().items()
+    }
+    conv.load_state_dict(state)
+    torch.testing.assert_close(conv(**given), linear(**given))
+
+
+def test_rotated_scores_depend_on_the_offset_of_two_pixels_alone():
+    height, width, head_width = 5, 6, 8
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, head_width, generator=generator)
+    turn = rotation(height, width, head_width, query)
+    turned = [
+        rotate(state.expand(1, height * width, 1, -1), turn).reshape(height, width, head_width)
+        for state in (query, key)
+    ]
+    scores = torch.einsum("abc,dec->abde", *turned)
+    for down, right in ((1, 0), (0, 1), (2, 3)):
+        here = scores[: height - down, : width - right, : height - down, : width - right]
+        torch.testing.assert_close(here, scores[down:, right:, down:, right:], rtol=1e-4, atol=1e-5)
+    # The same offset along the other axis is another one, and turning keeps lengths.
+    assert (scores[0, 0, 0, 1] - scores[0, 0, 1, 0]).abs() > 1e-3
+    torch.testing.assert_close(turned[0].norm(dim=-1), query.norm().expand(height, width))
+
+
+def test_a_rotation_by_hand():
+    # The last of 2x3 pixels, heads of width 8: two frequencies, 1 and 1/100, for its row and for its column.
+    cos, sin = rotation(2, 3, 8, torch.zeros(1))
+    angle = torch.tensor([1.0, 0.01, 2.0, 0.02])
+    torch.testing.assert_close(cos[-1, 0], angle.cos())
+    torch.testing.assert_close(sin[-1, 0], angle.sin())
+    torch.testing.assert_close(cos[0, 0], torch.ones(4))
+    got = rotate(torch.arange(8.0).reshape(1, 1, 1, 8).expand(1, 6, 1, 8), (cos, sin))[0, -1, 0]
+    torch.testing.assert_close(got[1], 1 * angle[1].cos() - 5 * angle[1].sin())
+    torch.testing.assert_close(got[5], 5 * angle[1].cos() + 1 * angle[1].sin())
+
+
+def _moved(module, given):
+    """The output for mirrored pixels, mirrored back."""
+    return module(**{**given, "x": given["x"].flip(2, 3)}).flip(2, 3)
+
+
+def test_only_rotary_transformers_know_where_a_pixel_lies():
+    plain_spec, rope_spec = SPECS["transformer"][0], SPECS["transformer-rope"][0]
+    plain, rope, given = build_block(plain_spec), build_block(rope_spec), inputs(plain_spec)
+    rope.load_state_dict(plain.state_dict())
+    off = build_block(block("off", "transformer", dict(plain_spec.inputs), **TRANSFORMER, rope=False))
+    off.load_state_dict(plain.state_dict())
+    assert torch.equal(off(**given), plain(**given))
+    torch.testing.assert_close(_moved(plain, given), plain(**given))
+    assert not torch.allclose(rope(**given), plain(**given), atol=1e-4)
+    assert not torch.allclose(_moved(rope, given), rope(**given), atol=1e-4)
+
+
+def test_cross_attention_is_never_rotated():
+    blind = {**TRANSFORMER, "self_attention": False}
+    one = build_block(block("one", "transformer", {"x": MAP, "text": TEXT}, **blind, rope=True))
+    other = build_block(block("other", "transformer", {"x": MAP, "text": TEXT}, **blind))
+    other.load_state_dict(one.state_dict())
+    given = inputs(SPECS["transformer"][0])
+    assert torch.equal(one(**given), other(**given))
+
+
+def test_added_conditions_are_the_summary_then_each_sizes_sinusoid():
+    spec, _ = SPECS["text_time"]
+    module = build_block(spec)
+    given = {**inputs(spec), "size_ids": torch.tensor([[1024.0, 0.0, 512.0], [7.0, 640.0, 3.0]])}
+    sizes = torch.stack([sinusoid(row, 4).flatten() for row in given["size_ids"]])
+    features = torch.cat([given["pooled"], sizes], dim=1)
+    expected = given["temb"] + module.linear_2(F.silu(module.linear_1(features)))
+    torch.testing.assert_close(module(**given), expected)
+
+
+# `verify` compares one output: blocks that write several are left to the tests of their family.
+@pytest.mark.parametrize("name", [name for name, (spec, _) in SPECS.items() if len(spec.writes) == 1])
+def test_onnx_reproduces_it(name, tmp_path):
+    pytest.importorskip("onnxruntime")
+    onnx = registry.load("nas.exporters", "onnx")
+    spec, _ = SPECS[name]
+    module, given = build_block(spec), inputs(spec, batch=1)
+    assert onnx.verify(onnx.export(module, given, tmp_path / "block.onnx"), module, given) < 1e-5
+
+
+def test_rotary_positions_and_convolutions_change_no_macs():
+    macs = {name: block_trace(spec).macs for name, (spec, _) in SPECS.items() if name.startswith("transformer")}
+    assert macs["transformer-rope"] == macs["transformer-conv"] == macs["transformer"]

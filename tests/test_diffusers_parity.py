@@ -1,4 +1,6 @@
-"""Our networks against the diffusers classes of the same shape: names, parameters, outputs, counts."""
+"""Our networks against the diffusers classes: the same outputs both ways through folders, and the same sizes."""
+
+from __future__ import annotations
 
 import math
 
@@ -9,9 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nas import families
 from nas.build import build
-from nas.checkpoint import from_diffusers_state, load_state, to_diffusers, to_diffusers_state
+from nas.checkpoint import load_diffusers, load_state, save_diffusers
 from nas.families import scaled
-from nas.network import Scale
+from nas.formats import dreamlite_unet
+from nas.network import NetworkSpec, Scale
 from nas.space import load_space
 from nas.trace import block_trace, module_trace
 
@@ -58,31 +61,134 @@ def randomised(module, seed=0):
     return module.eval()
 
 
-def inputs(spec, batch=2, seed=1):
+def inputs(spec: NetworkSpec, batch=2, seed=1) -> dict[str, torch.Tensor]:
+    """What our network is called with; sizes are of the order of image sides."""
     generator = torch.Generator().manual_seed(seed)
     shape = spec.input
-    return (
-        torch.randn(batch, shape.channels, shape.height, shape.width, generator=generator),
-        torch.tensor([3.0, 981.0])[:batch],
-        torch.randn(batch, shape.text_tokens, shape.text_width, generator=generator),
-    )
+    given = {
+        "sample": torch.randn(batch, shape.channels, shape.height, shape.width, generator=generator),
+        "timestep": torch.tensor([3.0, 981.0])[:batch],
+    }
+    if shape.text_width:
+        given["text"] = torch.randn(batch, shape.text_tokens, shape.text_width, generator=generator)
+    if shape.pooled_width:
+        given["pooled"] = torch.randn(batch, shape.pooled_width, generator=generator)
+        given["size_ids"] = torch.randint(0, 1024, (batch, shape.size_ids), generator=generator).float()
+    return given
+
+
+def call(theirs, given):
+    """The diffusers class, given the inputs of ours."""
+    added = {"text_embeds": given["pooled"], "time_ids": given["size_ids"]} if "pooled" in given else None
+    return theirs(
+        given["sample"],
+        given["timestep"],
+        encoder_hidden_states=given.get("text"),
+        added_cond_kwargs=added,
+        return_dict=False,
+    )[0]
 
 
 def relative(ours, theirs):
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
-def assert_equal_both_ways(spec, theirs):
-    ours = randomised(build(spec))
-    given = inputs(spec)
+# ------------------------------------------------------------------------------ both ways, through a folder
+
+_BASE = {"sample_size": (16, 24), "norm_num_groups": 8, "block_out_channels": (32, 64, 64), "cross_attention_dim": 40}
+_SD_BLOCKS = {
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+}
+_XL = {
+    **_BASE,
+    "block_out_channels": (32, 48, 64),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": (2, 3, 4),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 68,
+}
+CASES = {
+    "sd-1": {**_BASE, **_SD_BLOCKS, "attention_head_dim": 8},
+    "sd-2": {
+        **_BASE,
+        **_SD_BLOCKS,
+        "attention_head_dim": (2, 4, 4),
+        "use_linear_projection": True,
+        "upcast_attention": True,
+    },
+    "inpainting": {**_BASE, **_SD_BLOCKS, "in_channels": 9, "attention_head_dim": 8},
+    "bk-sdm-tiny": {
+        **_BASE,
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3,
+        "up_block_types": ("CrossAttnUpBlock2D",) * 3,
+        "mid_block_type": None,
+        "layers_per_block": 1,
+    },
+    "layers-as-a-list": {**_BASE, **_SD_BLOCKS, "layers_per_block": (2, 1, 3), "norm_eps": 1e-4},
+    "sdxl": {**_XL, "transformer_layers_per_block": (1, 2, 3)},
+    "koala": {**_XL, "layers_per_block": 1, "transformer_layers_per_block": (1, 2, 3), "mid_block_type": None},
+    "ssd-1b": {
+        **_XL,
+        "transformer_layers_per_block": [1, [2, 1], [2, 2]],
+        "reverse_transformer_layers_per_block": [[2, 2, 3], [2, 1, 1], 1],
+        "mid_block_type": "UNetMidBlock2D",
+    },
+    "no-text": {
+        **_BASE,
+        "down_block_types": ("DownBlock2D",) * 3,
+        "up_block_types": ("UpBlock2D",) * 3,
+        "mid_block_type": "UNetMidBlock2D",
+    },
+}
+_LITE = {
+    **_BASE,
+    "down_block_types": (
+        "DreamLiteCrossAttnNoSelfAttnDownBlock2D",
+        "DreamLiteCrossAttnNoSelfAttnDownBlock2D",
+        "DreamLiteCrossAttnDownBlock2D",
+    ),
+    "up_block_types": (
+        "DreamLiteCrossAttnUpBlock2D",
+        "DreamLiteCrossAttnNoSelfAttnUpBlock2D",
+        "DreamLiteUpBlock2D",
+    ),
+    "attention_head_dim": (4, 8, 8),
+    "ff_mult": 3,
+    "use_linear_projection": True,
+}
+LITE_CASES = {
+    "snapgen": {**_LITE, "transformer_layers_per_block": (1, 2, 3)},
+    "full-convolutions": {**_LITE, "use_sep_conv": False, "num_kv_heads": None, "qk_norm": None},
+    "conv-projection": {**_LITE, "use_linear_projection": False, "layers_per_block": (1, 2, 3)},
+    "no-middle": {**_LITE, "mid_block_type": None},
+}
+ALL = {
+    **{name: (UNet2DConditionModel, config) for name, config in CASES.items()},
+    **{f"dreamlite-{name}": (DreamLiteUNetModel, config) for name, config in LITE_CASES.items()},
+}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_outputs_are_those_of_the_class_both_ways(name, tmp_path):
+    cls, config = ALL[name]
+    theirs = randomised(cls(**config), seed=5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_diffusers(tmp_path / "theirs", text_tokens=7)
+    given = inputs(ours.spec)
     with torch.no_grad():
-        theirs.load_state_dict(to_diffusers_state(ours.state_dict()))
-        theirs.eval()
-        assert relative(ours(*given), theirs(*given, return_dict=False)[0]) < 1e-4
-        randomised(theirs, seed=5)
-        fresh = build(spec, "meta")
-        load_state(fresh, from_diffusers_state(theirs.state_dict()))
-        assert relative(fresh.eval()(*given), theirs(*given, return_dict=False)[0]) < 1e-4
+        expected = call(theirs, given)
+        assert relative(ours(**given), expected) < 1e-5
+    randomised(ours, seed=6)
+    save_diffusers(tmp_path / "ours", ours, cls.__name__)
+    back = cls.from_pretrained(tmp_path / "ours").eval()
+    with torch.no_grad():
+        assert relative(call(back, given), ours(**given)) < 1e-5
+        # The weights matter: the same inputs with the first weights give something else.
+        assert relative(ours(**given), expected) > 1e-2
 
 
 @pytest.mark.parametrize(
@@ -94,38 +200,15 @@ def assert_equal_both_ways(spec, theirs):
         {"up_depth_0": 1, "width_1": 384, "depth_2": 6},
     ],
 )
-def test_small_networks_equal_dreamlite(space, changes):
-    spec = scaled(candidate(space, **changes), SMALL)
-    assert_equal_both_ways(spec, DreamLiteUNetModel(**to_diffusers(spec)))
+def test_candidates_of_the_snapgen_space_are_dreamlite_networks(space, changes, tmp_path):
+    ours = randomised(build(scaled(candidate(space, **changes), SMALL)))
+    theirs = DreamLiteUNetModel.from_pretrained(save_diffusers(tmp_path / "net", ours, "DreamLiteUNetModel")).eval()
+    given = inputs(ours.spec)
+    with torch.no_grad():
+        assert relative(call(theirs, given), ours(**given)) < 1e-5
 
 
-def test_full_convolutions_with_plain_attention_equal_the_stable_diffusion_class(space):
-    plain = candidate(
-        space,
-        conv_0="full",
-        conv_1="full",
-        conv_2="full",
-        depth_0=0,
-        depth_1=2,
-        depth_2=4,
-        self_attention_1=True,
-        self_attention_2=True,
-        attention="mha",
-        qk_norm="none",
-        ffn_ratio=4,
-    )
-    spec = scaled(plain, SMALL)
-    theirs = UNet2DConditionModel(
-        block_out_channels=(32, 64, 112),
-        attention_head_dim=(4, 8, 14),
-        transformer_layers_per_block=(1, 2, 4),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=40,
-        norm_num_groups=8,
-        use_linear_projection=True,
-    )
-    assert_equal_both_ways(spec, theirs)
+# ------------------------------------------------------------------------------------------ the reference
 
 
 @pytest.mark.slow
@@ -137,7 +220,7 @@ def test_the_reference_is_the_published_network(space):
         given = tuple(torch.empty(shape) for shape in ((1, 4, 128, 128), (1,), (1, 77, 2304)))
     ours = build(spec, "meta")
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters()) == PARAMS
-    shapes = {name: t.shape for name, t in to_diffusers_state(ours.state_dict()).items()}
+    shapes = {dreamlite_unet.their_name(name): t.shape for name, t in ours.state_dict().items()}
     assert shapes == {name: t.shape for name, t in theirs.state_dict().items()}
     traces = [block_trace(block) for block in spec.blocks]
     macs = sum(trace.macs for trace in traces)
@@ -153,12 +236,10 @@ def test_the_reference_is_the_published_network(space):
 @pytest.mark.slow
 def test_the_reference_has_the_outputs_of_the_published_class(space):
     spec = families.network(space.reference("snapgen"))
-    assert {name: to_diffusers(spec)[name] for name in REFERENCE if name != "layers_per_block"} == {
-        name: value for name, value in REFERENCE.items() if name != "layers_per_block"
-    }
+    assert {name: dreamlite_unet.config(spec)[name] for name in REFERENCE} == REFERENCE
     theirs = randomised(DreamLiteUNetModel(**REFERENCE))
     ours = build(spec, "meta")
-    load_state(ours, from_diffusers_state(theirs.state_dict()))
+    load_state(ours, {dreamlite_unet.own_name(name): t for name, t in theirs.state_dict().items()})
     generator = torch.Generator().manual_seed(0)
     given = (
         torch.randn(1, 4, 16, 16, generator=generator),

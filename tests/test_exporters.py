@@ -13,7 +13,8 @@ from nas import registry
 from nas.build import build_block
 from nas.errors import NasError, UsageError
 from nas.exporters import in_forward_order, onnx
-from nas.network import BlockSpec, block
+from nas.network import BlockSpec
+from tests.block_specs import SPECS
 
 NAMES = registry.plugins("nas.exporters")
 
@@ -109,39 +110,7 @@ def test_an_operator_without_onnx_form_is_one_sentence(tmp_path: Path) -> None:
     assert "\n" not in caught.value.message
 
 
-def _specs() -> list[BlockSpec]:
-    size = {"x": (32, 8, 8)}
-    temb = {"temb": (24,)}
-    common = {"time_width": 24, "norm_groups": 8}
-    attention = {
-        "channels": 32,
-        "depth": 2,
-        "head_width": 8,
-        "text_width": 12,
-        "self_attention": True,
-        "cross_attention": True,
-        "ffn_ratio": 2,
-        "norm_groups": 8,
-    }
-    text = {"text": (5, 12)}
-    return [
-        block("stem", "stem", {"x": (4, 8, 8)}, in_channels=4, out_channels=32),
-        block("head", "head", size, in_channels=32, out_channels=4, norm_groups=8),
-        block("time", "time_embedding", {"timestep": ()}, frequency_width=32, time_width=24),
-        block("down", "downsample", size, channels=32),
-        block("up", "upsample", size, channels=32),
-        block("res", "resnet", {**size, "skip": (16, 8, 8), **temb}, in_channels=48, out_channels=32, **common),
-        block("sep", "separable", {**size, **temb}, in_channels=32, out_channels=32, expansion=2, **common),
-        block("mqa", "transformer", {**size, **text}, kv_heads=1, qk_norm="rms_norm", **attention),
-        block("gqa", "transformer", {**size, **text}, kv_heads=2, qk_norm="none", **attention),
-    ]
-
-
-def test_every_block_kind_is_among_the_specs() -> None:
-    assert {spec.kind for spec in _specs()} == set(registry.plugins("nas.blocks"))
-
-
-@pytest.mark.parametrize("spec", _specs(), ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", [spec for spec, _ in SPECS.values()], ids=lambda spec: spec.name)
 def test_every_block_kind_exports_to_onnx(spec: BlockSpec, tmp_path: Path) -> None:
     torch.manual_seed(2)
     module = build_block(spec)

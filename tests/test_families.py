@@ -1,7 +1,8 @@
-"""The UNet family: wiring, positions, scale."""
+"""Families on the space around SnapGen: wiring, positions, scale; the UNet's settings are in test_families_unet.py."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,11 @@ from nas import registry
 from nas.errors import NasError, UsageError
 from nas.families import network, positions, scaled
 from nas.families.unet import kv_heads
-from nas.network import BlockSpec, NetworkSpec, Scale
-from nas.space import Candidate, SearchSpace, load_space
+from nas.network import BlockSpec, NetworkSpec, Position, Scale
+from nas.space import Candidate, SearchSpace, list_spaces, load_space
+from tests.unet_walk import unit_outputs, walk
 
+UNETS = [name for name in list_spaces() if load_space(name).family == "unet"]
 SCALE = Scale(
     width_divisor=8, head_width=8, norm_groups=4, latent_channels=12, height=16, width=8, text_tokens=10, text_width=24
 )
@@ -33,60 +36,6 @@ def candidates(space: SearchSpace) -> list[Candidate]:
 @pytest.fixture(scope="module")
 def snapgen(space: SearchSpace) -> NetworkSpec:
     return network(space.reference("snapgen"))
-
-
-def _walk(spec: NetworkSpec) -> None:
-    """Runs the shapes through the blocks, as a forward would, and checks every input against what is there."""
-    shape = spec.input
-    x: tuple[int, ...] = (shape.channels, shape.height, shape.width)
-    temb: tuple[int, ...] | None = None
-    outputs: dict[str, tuple[int, ...]] = {}
-    for block in spec.blocks:
-        got = dict(block.inputs)
-        if block.kind == "time_embedding":
-            assert got == {"timestep": ()}
-            temb = (int(block.setting("time_width")),)
-            continue
-        expected = {"x": x}
-        if block.kind in ("resnet", "separable"):
-            if block.skip is not None:
-                expected["skip"] = outputs[block.skip]
-            assert temb is not None
-            expected["temb"] = temb
-            assert block.setting("in_channels") == x[0] + (outputs[block.skip][0] if block.skip else 0)
-            assert block.setting("time_width") == temb[0]
-            x = (int(block.setting("out_channels")), *x[1:])
-        elif block.kind == "transformer":
-            expected["text"] = (shape.text_tokens, shape.text_width)
-            assert block.setting("channels") == x[0]
-            assert block.setting("text_width") == shape.text_width
-        elif block.kind == "downsample":
-            assert block.setting("channels") == x[0]
-            assert x[1] % 2 == x[2] % 2 == 0
-            x = (x[0], x[1] // 2, x[2] // 2)
-        elif block.kind == "upsample":
-            assert block.setting("channels") == x[0]
-            x = (x[0], 2 * x[1], 2 * x[2])
-        else:
-            assert block.kind in ("stem", "head")
-            assert block.setting("in_channels") == x[0]
-            x = (int(block.setting("out_channels")), *x[1:])
-        assert got == expected, block.name
-        outputs[block.name] = x
-    assert x == (shape.channels, shape.height, shape.width)
-
-
-def _unit_outputs(spec: NetworkSpec) -> list[str]:
-    """What the down path leaves for the up path, oldest first: stem, the last block of each unit, downsamplers."""
-    kept: list[str] = []
-    for block in spec.blocks:
-        if block.name.startswith("mid_block"):
-            break
-        if block.kind == "transformer":
-            kept[-1] = block.name
-        elif block.kind != "time_embedding":
-            kept.append(block.name)
-    return kept
 
 
 def test_the_published_network_block_by_block(snapgen: NetworkSpec):
@@ -133,13 +82,13 @@ def test_the_published_networks_widths_and_transformers(snapgen: NetworkSpec):
 
 def test_shapes_and_skips_fit_in_random_networks(candidates: list[Candidate]):
     for candidate in candidates:
-        _walk(network(candidate))
+        walk(network(candidate))
 
 
 def test_skips_are_taken_last_first_each_once(candidates: list[Candidate]):
     for candidate in candidates:
         spec = network(candidate)
-        assert [b.skip for b in spec.blocks if b.skip is not None] == _unit_outputs(spec)[::-1]
+        assert [b.skip for b in spec.blocks if b.skip is not None] == unit_outputs(spec)[::-1]
 
 
 def test_every_choice_reaches_the_network(space: SearchSpace, candidates: list[Candidate]):
@@ -189,13 +138,19 @@ def test_a_network_is_the_concatenation_of_its_positions(space: SearchSpace, can
         assert spec.name == str(candidate)
 
 
-def test_positions_depend_on_few_choices_so_that_pricing_is_a_look_up(space: SearchSpace):
-    for place in positions(space):
+def _combinations(space: SearchSpace, place: Position) -> int:
+    return math.prod(len(space.choice(name).values) for name in place.depends)
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_positions_depend_on_few_choices_so_that_pricing_is_a_look_up(name: str):
+    space = load_space(name)
+    places = positions(space)
+    assert len({place.name for place in places}) == len(places)
+    for place in places:
         assert set(place.depends) <= set(space.column)
-        combinations = 1
-        for name in place.depends:
-            combinations *= len(space.choice(name).values)
-        assert combinations <= 3000, (place.name, combinations)
+    assert max(_combinations(space, place) for place in places) <= 20_000
+    assert sum(_combinations(space, place) for place in places) <= 60_000
 
 
 @pytest.mark.parametrize(
@@ -233,7 +188,7 @@ def test_scaled_keeps_structure_and_fits_its_own_shapes(candidates: list[Candida
     widths = ("in_channels", "out_channels", "channels", "time_width", "frequency_width")
     for candidate in candidates:
         full, small = network(candidate), scaled(candidate, SCALE)
-        _walk(small)
+        walk(small)
         assert (small.input.channels, small.input.height, small.input.width) == (12, 16, 8)
         assert (small.input.text_tokens, small.input.text_width) == (10, 24)
         assert [(b.name, b.kind, b.skip) for b in small.blocks] == [(b.name, b.kind, b.skip) for b in full.blocks]
@@ -279,8 +234,11 @@ def test_scaled_refuses_what_does_not_divide(space: SearchSpace, change: dict[st
 
 
 def _other(space: SearchSpace, folder: Path, edit: Callable[[str], str]) -> SearchSpace:
+    """The space with its text changed, without references and meanings, which name every choice again."""
+    text = space.path.read_text().partition("[[reference]]")[0]
+    before, _, after = text.partition("[meanings]")
     path = folder / "other.toml"
-    path.write_text(edit(space.path.read_text().partition("[[reference]]")[0]))
+    path.write_text(edit(before + after[after.index("[[rules]]") :]))
     return load_space(path)
 
 
@@ -291,8 +249,16 @@ def _other(space: SearchSpace, folder: Path, edit: Callable[[str], str]) -> Sear
         ("stages = 3", "", "needs 'stages' in .fixed. as a whole number above 0, got None"),
         ("stages = 3", 'stages = "three"', "needs 'stages' in .fixed. as a whole number above 0, got 'three'"),
         ("norm_groups = 32", "norm_groups = true", "needs 'norm_groups' .* got True"),
-        ("ffn_ratio = [2, 3, 4]", "", "family unet needs 'ffn_ratio' in .choices. or .fixed. of space other"),
-        ("self_attention_0 = false ", "", "family unet needs 'self_attention_0'"),
+        ("width_1 = [256, 384, 512, 640]", "", "the family needs 'width_1' in .choices. or .fixed."),
+        ("depth_2 = [1, 2, 4, 6]", "", "needs one of 'depth_2_0', 'depth_2' in .choices. or .fixed."),
+        ("head_width = 64", "", "needs 'head_width' in .fixed. as a whole number above 0, got None"),
+        ("head_width = 64", 'head_layout = "wide"', "head_layout must be 8-heads or 64-wide, got 'wide'"),
+        ("head_width = 64", "head_width = 64\nheads_2 = 3", "width 512 of stage 2 does not divide into 3 heads"),
+        ("norm_groups = 32", "norm_groups = 32\nposition = 1", "unknown setting 'position' .* mean 'positions'"),
+        ("norm_groups = 32", 'norm_groups = 32\nmid = "half"', "mid must be full, residual or none, got 'half'"),
+        ("norm_groups = 32", "norm_groups = 32\nattention_1 = true", "depth_1 must be 1 or more where attention_1 is"),
+        ('positions = ["none", ', 'positions = ["ropes", ', "positions must be none or rope, got 'ropes'"),
+        ("resnets_1 = [1, ", "resnets_1 = [0, ", "resnets_1 must be 1 or more, got 0"),
         ('conv_0 = ["full", ', 'conv_0 = ["fulll", ', "conv_0 must be full, separable-1 or separable-2, got 'fulll'"),
         ('conv_0 = ["full", ', 'conv_0 = ["separable-3", ', "conv_0 must be .* got 'separable-3'"),
         ("width_0 = [128", "width_0 = [100", "width 100 divided by 1 must be a multiple of the head width 64"),
@@ -321,9 +287,9 @@ def test_fewer_stages_fit_too(space: SearchSpace, tmp_path: Path, stages: int):
     for row in other.sample(20, seed=0):
         candidate = other.from_row(row)
         spec = network(candidate)
-        _walk(spec)
-        _walk(scaled(candidate, replace(SCALE, height=2, width=2)))
-        assert [b.skip for b in spec.blocks if b.skip is not None] == _unit_outputs(spec)[::-1]
+        walk(spec)
+        walk(scaled(candidate, replace(SCALE, height=2, width=2)))
+        assert [b.skip for b in spec.blocks if b.skip is not None] == unit_outputs(spec)[::-1]
         assert sum(b.kind == "downsample" for b in spec.blocks) == stages - 1
 
 

@@ -17,14 +17,15 @@ from latency_cases import (
     subject,
 )
 
-from nas import tables
-from nas.device import load_sheet
+from nas import components, tables
+from nas.device import find_target, load_sheet
 from nas.errors import NasError, UsageError
 from nas.latency import fit, load_predictor, refit
 from nas.latency.calibration import calibrated, chip_factors, chosen, held_out_chips, trials
 from nas.latency.predictor import kinds_of
 from nas.latency.problem import RIDGES, problem, roofline
 from nas.op import FEATURES
+from nas.space import load_space
 
 
 def test_the_roofline_is_stated_per_byte_really_moved(tmp_path):
@@ -177,9 +178,11 @@ def test_the_shipped_iphone_predictor_belongs_to_its_table():
         assert share["measured"] >= share["nominal"] - 0.1
 
 
-def test_the_iphones_fixed_parts_make_the_headline():
-    decoder, text = tables.fixed_parts(IPHONE, ("decoder", "text_encoders"), 1024)
+def test_the_iphones_components_make_the_headline():
+    sheet, space = find_target(IPHONE), load_space("snapgen_unet")
+    text, decoder = (components.charge(part, 1024, sheet, None, 0.8) for part in components.components(space))
     assert (decoder.ms, text.ms) == (119.0, 185.0)
+    assert (decoder.basis, text.basis) == ("published", "published")
     assert "derived" in text.source
     assert 4 * 274.0 + decoder.ms + text.ms == 1400.0
 

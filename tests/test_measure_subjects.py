@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nas import families, measure
+from nas.evaluate import with_pipeline
 from nas.measure import sampling
 from nas.measure import subjects as subjects_module
 from nas.space import SearchSpace, load_space
@@ -70,12 +71,22 @@ def test_known_subjects_come_back_the_same_with_fresh_features() -> None:
     assert [s.key for s in chosen] == [k.key for k in known[:3]]
 
 
-def test_components_play_the_parts_of_the_pipeline() -> None:
-    parts = subjects_module.components(SPACE, pixels=(64,))
-    assert [(p.role, p.resolution_px) for p in parts] == [("decoder", 64), ("text_encoders", None)]
+def test_components_are_those_of_the_pipeline_that_can_be_built() -> None:
+    asked = with_pipeline(SPACE, decoder="taesd", text_encoders=("snapgen-text-encoders", "clip-l", "t5-xxl"))
+    parts = subjects_module.components(asked, pixels=(64, 128))
+    assert [(p.key, p.role, p.resolution_px) for p in parts] == [
+        ("taesd-decoder-64px", "decoder", 64),
+        ("taesd-decoder-128px", "decoder", 128),
+        ("clip-l-text-encoder", "text_encoders", None),
+    ]
+    assert parts[2].params == 123_060_480
+    assert all(p.features is None for p in parts)
     module, inputs = parts[0].build(1)
     with torch.no_grad():
         assert module(**inputs).shape == (1, 3, 64, 64)
+    smaller = subjects_module.components(asked, pixels=(64, 128), most_gmac=2.0)
+    assert [p.key for p in smaller] == ["taesd-decoder-64px"]
+    assert subjects_module.components(replace(asked, pipeline=None)) == ()
 
 
 def test_diverse_takes_the_first_then_new_tags_then_the_farthest() -> None:

@@ -93,6 +93,44 @@ def test_a_long_list_is_the_sum_of_its_blocks(space, pricer, monkeypatch):
     assert_priced(pricer.rows(rows), [space.from_row(row) for row in rows])
 
 
+def smaller(name):
+    """A space with every structure it can have, but one width per stage, few depths and small maps."""
+    full = load_space(name)
+    choices = tuple(
+        replace(c, values=c.values[: 1 if c.name.startswith("width") else 2 if "depth" in c.name else None])
+        for c in full.choices
+    )
+    return replace(full, choices=choices, references=()).at_resolution(256)
+
+
+@pytest.mark.parametrize("name", ["sd_unet", "sdxl_unet"])
+def test_stages_middles_and_unequal_sides_are_priced_exactly(name, monkeypatch):
+    """Sides with more and fewer units than skips, a middle or none, and in sd_unet three stages or four."""
+    space = smaller(name)
+    rows = space.sample(150, seed=7)
+    candidates = [space.from_row(row) for row in rows]
+    if name == "sd_unet":
+        assert {candidate.values["stages"] for candidate in candidates} == {3, 4}
+    assert {candidate.values["mid"] for candidate in candidates} == {"full", "residual", "none"}
+    short = Pricer(space).rows(rows[:20])
+    assert_priced(short, candidates[:20])
+    monkeypatch.setattr("nas.pricing.pricer._FEW", 10)
+    long = Pricer(space).rows(rows)
+    assert_priced(long, candidates)
+    # A peak that is decided by what waits, and not by the block alone, must be among them.
+    alone = [max(block_trace(b).peak_bytes for b in families.network(c).blocks) for c in candidates]
+    assert (long.peak_activation_bytes > alone).any()
+
+
+@pytest.mark.parametrize(("name", "references"), [("sd_unet", 5), ("sdxl_unet", 6)])
+def test_published_networks_cost_what_they_are(name, references):
+    space = load_space(name)
+    assert len(space.references) == references
+    for reference in space.references:
+        candidate = space.published(reference.name)
+        assert Pricer(candidate.space).candidate(candidate).params == reference.params
+
+
 def test_the_peak_holds_what_waits_wherever_it_waits(space, pricer):
     """Each block in turn is made the one that decides, by giving every other a peak of nothing."""
     rows = space.sample(40, seed=8)

@@ -220,7 +220,7 @@ def test_the_front_figure_shows_interval_spread_budget_and_configuration(files):
 def test_the_page_says_what_to_take_and_what_the_budget_pays_for(page, files):
     text = body(page)
     assert f'Take <b class="key">{files.recommended}</b>: the best proxy quality on the front' in text
-    assert "text encoders 6.30 ms and SnapGen decoder 119 ms are paid first" in text
+    assert "text encoders 6.30 ms (published) and SnapGen decoder 119 ms (published) are paid first" in text
     assert "4 steps, which leaves 319 ms for each denoiser call" in text
     assert "with probability 80 % or more" in text
     for key in files.front["key"]:
@@ -377,3 +377,19 @@ def test_report_imports_neither_torch_nor_optuna():
     code = "import sys, nas.report; print([m for m in ('torch', 'optuna', 'onnxruntime') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_an_image_is_the_sum_of_its_parts(files):
+    row = data.front_table(files).iloc[0].to_dict()
+    lines = data.image_parts(files.record, row)
+    assert [line["name"] for line in lines] == ["text encoders", f"denoiser {row['key']}", "SnapGen decoder"]
+    assert [line["calls"] for line in lines] == [1, 4, 1]
+    assert [line["basis"] for line in lines] == ["published", "predicted", "published"]
+    for name in ("ms", "low_ms", "high_ms"):
+        total = row[{"ms": "latency_ms"}.get(name, f"latency_{name}")]
+        assert sum(line[name] for line in lines) == pytest.approx(total)
+    # A study of 0.1 says neither the basis of a component nor its bounds.
+    old = {k: v for k, v in files.record["pipeline"]["parts"][0].items() if k in ("role", "name", "ms", "source")}
+    before = files.record | {"pipeline": files.record["pipeline"] | {"parts": [old]}}
+    first, _ = data.image_parts(before, row)
+    assert (first["low_ms"], first["high_ms"], first["basis"]) == (6.3, 6.3, "measured or published")

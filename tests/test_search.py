@@ -36,6 +36,13 @@ def settings(tmp_path, monkeypatch):
         ({"confidence": 0.2}, "confidence must be between"),
         ({"resolution_px": 100}, "resolution 100 px must be a positive multiple of 16"),
         ({"space": "snapgen_unet", "budget": "300ms@iphone"}, "spent before the first denoiser call"),
+        ({"steps": 3}, "--steps has no effect on 9ms/step@iphone"),
+        ({"decoder": "taesd", "text_encoders": ()}, "--decoder, --text-encoders has no effect"),
+        ({"budget": "1s@iphone", "decoder": "taess"}, "unknown decoder 'taess'; did you mean 'taesd'"),
+        ({"budget": "1s@iphone", "text_encoders": ("clip",)}, "unknown text encoder 'clip'; did you mean 'clip-l'"),
+        ({"budget": "1s@iphone", "steps": 0}, "steps must be at least 1, got 0"),
+        ({"space": "decoder"}, "space decoder cannot be searched: a decoder has no small copy"),
+        ({"space": "decoder", "budget": "1s@iphone"}, "space decoder cannot be searched"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_done(settings, change, said):
@@ -44,8 +51,30 @@ def test_what_is_wrong_is_said_before_anything_is_done(settings, change, said):
 
 
 def test_fixed_parts_without_a_row_for_the_resolution_are_refused_not_guessed(settings):
-    with pytest.raises(NasError, match=r"no latency of the part .text_encoders. at 128 px"):
+    with pytest.raises(NasError, match=r"no latency of 'snapgen-text-encoders' at 128 px \(it has one at 1024 px\)"):
         plan_search(replace(settings, budget="1.4s@iphone"))
+
+
+def test_another_pipeline_is_another_study(settings):
+    one = replace(settings, budget="1s@iphone", decoder="taesd", text_encoders=("clip-l",))
+    plans = [plan_search(replace(one, **change)) for change in ({}, {"steps": 8}, {"guidance": True})]
+    plans += [plan_search(replace(one, **change)) for change in ({"decoder": "sd-vae"}, {"text_encoders": ()})]
+    identities = [json.dumps(plan.identity(), sort_keys=True) for plan in plans]
+    assert len(set(identities)) == len(plans)
+    assert plans[0].identity() == plan_search(one).identity()
+    assert plans[0].identity()["pipeline"] == {
+        "steps": 4,
+        "guidance": False,
+        "text_encoders": ["clip-l"],
+        "decoder": "taesd",
+    }
+    assert plan_search(settings).identity()["pipeline"] is None
+    found = preview(plans[1])["pipeline"]
+    assert (found["steps"], found["calls"], found["decoder"]) == (8, 8, "taesd")
+    assert [part["basis"] for part in found["parts"]] == ["predicted", "predicted"]
+    for part in found["parts"]:
+        assert part["low_ms"] < part["ms"] < part["high_ms"]
+    assert "steps = 8" in found["source"]
 
 
 def test_a_missing_teacher_file_is_one_sentence(settings):

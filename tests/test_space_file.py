@@ -38,7 +38,8 @@ because = "never seen"
 [pipeline]
 steps = 4
 guidance = false
-parts = ["decoder"]
+text_encoders = ["one", "two"]
+decoder = "tiny"
 source = "a paper"
 [[reference]]
 name = "one"
@@ -85,7 +86,9 @@ def test_a_file_is_read_whole(tmp_path: Path):
         Rule(when=(("depth", (1,)), ("attention", ("mqa",))), inactive=(), because="never seen"),
     )
     assert [rule.forbids for rule in data["rules"]] == [False, True]
-    assert data["pipeline"] == Pipeline(steps=4, guidance=False, parts=("decoder",), source="a paper")
+    assert data["pipeline"] == Pipeline(
+        steps=4, guidance=False, text_encoders=("one", "two"), decoder="tiny", source="a paper"
+    )
     one, two = data["references"]
     assert one == Reference(name="one", title="the first", choices={"depth": 1, "attention": "mha"}, source="a book")
     assert (one.params, one.gmacs, one.step_ms) == (None, None, None)
@@ -98,6 +101,19 @@ def test_optional_tables_may_be_left_out(tmp_path: Path):
     text = text.partition("[[rules]]")[0] + "[pipeline]" + text.partition("[pipeline]")[2]
     data = read_space_file(_write(tmp_path, text.replace('summary = "two choices"\n', "")))
     assert (data["fixed"], data["rules"], data["references"], data["summary"]) == ({}, (), (), "")
+    bare = text.partition("[pipeline]")[0].replace("text_tokens = 7\ntext_width = 16\n", "")
+    data = read_space_file(_write(tmp_path, bare))
+    assert (data["pipeline"], data["meanings"]) == (None, {})
+    assert (data["input"].shape.text_tokens, data["input"].shape.text_width) == (0, 0)
+
+
+def test_meanings_are_of_choices(tmp_path: Path):
+    meant = TEXT.replace("[[rules]]", '[meanings]\ndepth = "how many"\n[[rules]]', 1)
+    assert read_space_file(_write(tmp_path, meant))["meanings"] == {"depth": "how many"}
+    with pytest.raises(UsageError, match=r"unknown key 'dept' in .*\[meanings\]; did you mean 'depth'"):
+        read_space_file(_write(tmp_path, meant.replace('depth = "how', 'dept = "how')))
+    with pytest.raises(UsageError, match=r"\[meanings\]: depth must be a text, got 3"):
+        read_space_file(_write(tmp_path, meant.replace('"how many"', "3")))
 
 
 @pytest.mark.parametrize(
@@ -109,7 +125,7 @@ def test_optional_tables_may_be_left_out(tmp_path: Path):
         ("guidance =", "guidence =", r"mine\.toml:26 \[pipeline\]; did you mean 'guidance'"),
         ('inactive = ["att', 'inactiv = ["att', r"mine\.toml:18 \[rules\[0\]\]; did you mean 'inactive'"),
         ("forbid = true", "forbids = true", r"mine\.toml:22 \[rules\[1\]\]; did you mean 'forbid'"),
-        ("gmacs = {", "gmac = {", r"mine\.toml:39 \[reference\[1\]\]; did you mean 'gmacs'"),
+        ("gmacs = {", "gmac = {", r"mine\.toml:40 \[reference\[1\]\]; did you mean 'gmacs'"),
         ("[fixed]", "[fxied]", r"unknown key 'fxied' in .*mine\.toml:11; did you mean 'fixed'"),
         ('family = "unet"\n', "", r"mine\.toml: needs the key 'family'"),
         ("text_width = 16\n", "", r"mine\.toml: \[input\] needs the key 'text_width'"),
@@ -124,13 +140,20 @@ def test_optional_tables_may_be_left_out(tmp_path: Path):
         ("text_tokens = 7", "text_tokens = 0", r":9 \[input\]: text_tokens must be a whole number above 0, got 0"),
         ("steps = 4", "steps = true", r":25 \[pipeline\]: steps must be a whole number above 0, got True"),
         ("guidance = false", 'guidance = "no"', r":26 \[pipeline\]: guidance must be true or false, got 'no'"),
-        ('parts = ["decoder"]', 'parts = "decoder"', r":27 \[pipeline\]: parts must be a list of texts, got 'decoder'"),
+        (
+            'text_encoders = ["one", "two"]',
+            'text_encoders = "one"',
+            r":27 \[pipeline\]: text_encoders must be a list of texts, got 'one'",
+        ),
+        ('decoder = "tiny"', "decoder = 3", r":28 \[pipeline\]: decoder must be a text, got 3"),
+        ('decoder = "tiny"\n', "", r"\[pipeline\] needs the key 'decoder'"),
+        ('decoder = "tiny"', 'parts = ["decoder"]', r"unknown key 'parts' in .*:28 \[pipeline\]"),
         ('family = "unet"', "family = 3", r"mine\.toml:1: family must be a text, got 3"),
         ('sources = ["a book"]', 'sources = "a book"', r":3: sources must be a list of texts, got 'a book'"),
         ("stages = 2", "stages = [2]", r":11: fixed must be a table of plain values"),
-        ("params = 12", "params = 1.5", r":38 \[reference\[1\]\]: params must be a whole number above 0, got 1\.5"),
-        ("= 2.5 }", "= 0 }", r":40 \[reference\[1\]\]: step_ms must be a table of numbers above 0"),
-        ("choices = { depth = 0 }", "choices = 3", r":41 \[reference\[1\]\]: choices must be a table"),
+        ("params = 12", "params = 1.5", r":39 \[reference\[1\]\]: params must be a whole number above 0, got 1\.5"),
+        ("= 2.5 }", "= 0 }", r":41 \[reference\[1\]\]: step_ms must be a table of numbers above 0"),
+        ("choices = { depth = 0 }", "choices = 3", r":42 \[reference\[1\]\]: choices must be a table"),
         ("[pipeline]", "pipelin = 3\n[pipeline]", r"unknown key 'pipelin'"),
         # choices
         ("depth = [0, 1]", "depth = 3", r":14 \[choices\]: depth must be a list of at least one value, got 3"),
@@ -159,7 +182,7 @@ def test_optional_tables_may_be_left_out(tmp_path: Path):
         ("forbid = true", 'forbid = "yes"', r":22 \[rules\[1\]\]: forbid must be true or false, got 'yes'"),
         ("forbid = true", "forbid = false", r":21 \[rules\[1\]\] needs exactly one of"),
         # references
-        ('name = "two"', 'name = "one"', r":35 \[reference\[1\]\]: the name 'one' is taken"),
+        ('name = "two"', 'name = "one"', r":36 \[reference\[1\]\]: the name 'one' is taken"),
         ("depth = 1, att", "detph = 1, att", r"reference 'one': unknown choice 'detph'.* did you mean 'depth'"),
         ('1, attention = "mha"', '1, attention = "gqa"', r"reference 'one': unknown value of attention 'gqa'"),
         ('1, attention = "mha"', '1, attention = "mqa"', r"reference 'one': .*forbids this combination: never seen"),
@@ -196,7 +219,7 @@ def test_a_table_of_the_wrong_form_is_one_sentence(tmp_path: Path, line: str, wo
     lines = {
         "input": f"input = {{ {', '.join(f'{field.name} = 1' for field in dataclasses.fields(InputSettings))} }}",
         "choices": "choices = { depth = [0] }",
-        "pipeline": 'pipeline = { steps = 1, guidance = false, parts = [], source = "x" }',
+        "pipeline": 'pipeline = { steps = 1, guidance = false, text_encoders = [], decoder = "d", source = "x" }',
     }
     text = "\n".join(['family = "unet"', *(v for k, v in lines.items() if k != key)])
     load_space(_write(tmp_path, "\n".join(['family = "unet"', *lines.values()])))

@@ -44,7 +44,8 @@ because = "too wide to be dense"
 [pipeline]
 steps = 4
 guidance = false
-parts = []
+text_encoders = []
+decoder = "taesd"
 source = "a test"
 [[reference]]
 name = "known"

@@ -11,7 +11,7 @@ import pytest
 from nas import tables
 from nas.errors import NasError
 from nas.op import FEATURES
-from nas.tables import FixedPart, Measurement, Subject
+from nas.tables import Measurement, Subject
 
 SLUG = "toy--onnxruntime--fp32"
 
@@ -158,28 +158,6 @@ def test_noise_floor_is_the_deviation_of_sessions_from_their_median():
     floor = tables.noise_floor(tables.observations(rows))
     assert floor == {"mean_deviation": pytest.approx(0.1), "subjects": 2.0, "sessions": 2.0}
     assert tables.noise_floor(tables.observations([row("once", 5.0)])) is None
-
-
-def test_fixed_parts_are_charged_at_their_resolution_only(tmp_path):
-    part = {"subject_kind": "component", "source": "paper", "excluded_because": "no features"}
-    rows = [
-        row("tiny decoder", 119.0, role="decoder", resolution_px=1024, **part),
-        row("text", 185.0, role="text_encoders", resolution_px=1024, **part),
-        row("bad", 1.0, role="decoder", resolution_px=1024, flagged="drift", **part),
-    ]
-    tables.append(SLUG, rows, tmp_path)
-    found = tables.fixed_parts(SLUG, ["text_encoders", "decoder"], 1024, tmp_path)
-    assert found == (
-        FixedPart(role="text_encoders", name="text", ms=185.0, source="paper"),
-        FixedPart(role="decoder", name="tiny decoder", ms=119.0, source="paper"),
-    )
-    assert tables.fixed_parts(SLUG, [], 512, tmp_path) == ()
-    # A row without a resolution (a text encoder) serves them all.
-    tables.append(SLUG, [row("any", 3.0, role="tokeniser", **part)], tmp_path)
-    assert tables.fixed_parts(SLUG, ["tokeniser"], 512, tmp_path)[0].ms == 3.0
-    with pytest.raises(NasError, match="'decoder' at 512 px; it has one at 1024 px") as caught:
-        tables.fixed_parts(SLUG, ["decoder"], 512, tmp_path)
-    assert "/step" in str(caught.value.hint)
 
 
 def test_measurements_are_frozen_and_checked():

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from nas import families
-from nas.build import build, build_block
+from nas.build import build, build_block, example_inputs
+from nas.cost import network_peak_bytes
 from nas.errors import NasError
 from nas.families import scaled
 from nas.network import Scale, block
@@ -146,6 +147,27 @@ def test_networks_agree_with_torchs_counter_exactly(attention):
     assert whole.macs == sum(t.macs for t in traces)
     assert sum(op.weight_bytes for op in whole.ops) == 4 * sum(t.params for t in traces)
     assert whole.params == sum(p.numel() for p in network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("space", "reference"),
+    [("sdxl_unet", "koala-700m"), ("sdxl_unet", "ssd-1b"), ("sd_unet", "sd-v1.5"), ("sd_unet", "bk-sdm-tiny")],
+)
+def test_published_networks_agree_with_torchs_counter_and_with_the_whole_pass(space, reference):
+    """Exact MACs of one call at 512 px; the peak put together from blocks is that of one trace of the whole network."""
+    spec = families.network(load_space(space).at_resolution(512).reference(reference))
+    network, given = build(spec, "meta"), example_inputs(spec, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(**given)
+    traces = [block_trace(b) for b in spec.blocks]
+    assert 2 * sum(t.macs for t in traces) == counter.get_total_flops()
+    published = dict(load_space(space).find_reference(reference).gmacs)
+    assert round(sum(t.macs for t in traces) / 1e9, 3) == published["512"]
+    whole = module_trace(network, given)
+    assert whole.params == sum(t.params for t in traces)
+    # The whole pass also holds the conditions while blocks run that do not read them: under 1 MB.
+    missing = whole.peak_bytes - network_peak_bytes(spec.blocks, [t.peak_bytes for t in traces])
+    assert 0 < missing < 1e6
 
 
 def test_every_parameter_is_read_exactly_once():

@@ -47,7 +47,8 @@ because = "networks do not narrow downwards"
 [pipeline]
 steps = 4
 guidance = false
-parts = ["text_encoders", "decoder"]
+text_encoders = ["snapgen-text-encoders"]
+decoder = "snapgen-tiny"
 source = "made for tests"
 [[reference]]
 name = "known"
@@ -73,6 +74,8 @@ def write_space(folder: Path, name: str = "toy", text: str = TOML) -> Path:
 class ToyPredictor:
     """A millisecond per giga-MAC and per operator, known to ten per cent: bounds follow from `confidence` alone."""
 
+    target: str = "toy--none--fp32"
+    range_ms: tuple[float, float] = (1.0, 100.0)
     card: dict[str, Any] = field(default_factory=lambda: {"networks": 7, "rows": 7})
 
     @property
@@ -94,6 +97,9 @@ class ToyPredictor:
 
     def contributions(self, features: np.ndarray) -> np.ndarray:
         return features @ self._costs
+
+    def extrapolation(self, features: np.ndarray) -> np.ndarray:
+        return np.zeros(len(features), dtype=bool)
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "toy"}

@@ -6,7 +6,10 @@ A file defines `Settings`, a frozen keyword-only dataclass of scalars, and `Bloc
 * `x` `[B, C, H, W]`, the running activation;
 * `skip` `[B, C', H, W]`, concatenated after `x` on channels inside the block, so that the copy is
   part of the block's cost;
-* `temb` `[B, E]`, the time embedding; `text` `[B, T, D]`, the text tokens; `timestep` `[B]`.
+* `temb` `[B, E]`, the time embedding; `text` `[B, T, D]`, the text tokens; `pooled` `[B, P]`, a summary of them;
+  `size_ids` `[B, n]`, sizes of the wanted image; `timestep` `[B]`.
+
+It returns what its `BlockSpec` writes: one tensor, or a tuple in the order of `writes`.
 
 Parameter names and numerics follow diffusers wherever it has the same block. Shapes are static and
 nothing is stored in buffers, so a block built on `meta` can be given its weights later.

@@ -27,6 +27,7 @@ class Settings:
         time_width: Width of `temb`.
         norm_groups: Groups of both GroupNorms.
         expansion: Width of the middle as a multiple of `out_channels`.
+        norm_eps: Epsilon of both GroupNorms.
     """
 
     in_channels: int
@@ -34,6 +35,7 @@ class Settings:
     time_width: int
     norm_groups: int
     expansion: int
+    norm_eps: float = NORM_EPS
 
     def __post_init__(self) -> None:
         check_positive(
@@ -75,10 +77,10 @@ class Block(nn.Module):
         super().__init__()
         wide, out = settings.in_channels, settings.out_channels
         middle = out * settings.expansion
-        self.norm1 = nn.GroupNorm(settings.norm_groups, wide, eps=NORM_EPS)
+        self.norm1 = nn.GroupNorm(settings.norm_groups, wide, eps=settings.norm_eps)
         self.conv1 = SeparableConv(wide, middle)
         self.time_emb_proj = nn.Linear(settings.time_width, middle)
-        self.norm2 = nn.GroupNorm(settings.norm_groups, middle, eps=NORM_EPS)
+        self.norm2 = nn.GroupNorm(settings.norm_groups, middle, eps=settings.norm_eps)
         self.conv2 = SeparableConv(middle, out)
         self.conv_shortcut = nn.Conv2d(wide, out, kernel_size=1) if wide != out else None
 

@@ -1,11 +1,13 @@
 """Transformer stage over the pixels of a feature map: self-attention, cross-attention, GEGLU.
 
 Key and value heads may be fewer than query heads (grouped-query attention; 1 = multi-query, Shazeer
-2019), queries and keys may be RMS-normalised per head, and self-attention may be left out.
+2019), queries and keys may be RMS-normalised per head, self-attention may know where its pixels lie
+(rotary embedding), and self-attention may be left out.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +18,13 @@ from nas.blocks import check, check_groups, check_positive
 
 _KIND = "transformer"
 _QK_NORMS = ("none", "rms_norm")
+_PROJECTIONS = ("linear", "conv")
 _GROUP_EPS = 1e-6  # diffusers: GroupNorm before a transformer uses 1e-6, all other norms 1e-5
 _NORM_EPS = 1e-5
+_ROPE_BASE = 10_000.0
+
+# Cosines and sines by which the heads of every pixel are turned, [L, 1, w / 2] each.
+_Rotation = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +43,9 @@ class Settings:
         qk_norm: `none`, or `rms_norm` of every query and key head.
         ffn_ratio: Inner width of the GEGLU as a multiple of `channels`.
         norm_groups: Groups of the GroupNorm in front.
+        projection: `linear`, or `conv` for 1x1 convolutions before and after the layers, as Stable Diffusion 1.x
+            has them; the outputs are the same, the weights have two more axes.
+        rope: Turn queries and keys of self-attention by the place of their pixel (see `rotation`).
     """
 
     channels: int
@@ -48,6 +58,8 @@ class Settings:
     qk_norm: str
     ffn_ratio: float
     norm_groups: int
+    projection: str = "linear"
+    rope: bool = False
 
     def __post_init__(self) -> None:
         check_positive(
@@ -66,6 +78,9 @@ class Settings:
         check(shared, _KIND, "kv_heads", self.kv_heads, f"a divisor of the {self.heads} query heads")
         check(self.qk_norm in _QK_NORMS, _KIND, "qk_norm", self.qk_norm, " or ".join(_QK_NORMS))
         check(self.ffn_ratio > 0, _KIND, "ffn_ratio", self.ffn_ratio, "above 0")
+        check(self.projection in _PROJECTIONS, _KIND, "projection", self.projection, " or ".join(_PROJECTIONS))
+        turns = not self.rope or self.head_width % 4 == 0
+        check(turns, _KIND, "head_width", self.head_width, "a multiple of 4 with rope = True: two axes of pairs")
 
     @property
     def heads(self) -> int:
@@ -90,6 +105,42 @@ class RMSNorm(nn.Module):
         return (x * torch.rsqrt(mean_square + _NORM_EPS)).to(x.dtype) * self.weight
 
 
+def rotation(height: int, width: int, head_width: int, like: Tensor) -> _Rotation:
+    """Cosines and sines of a rotary embedding over a grid of pixels.
+
+    RoFormer (arXiv 2104.09864, eq. 15: angle = place * 10000^(-2i/d)) along both axes: the first half of a head's
+    pairs turns with the row, the second with the column, so that the scores of two pixels depend on their offset
+    alone. SnapGen's design ladder adds rotary embeddings in its last step (arXiv 2412.09619).
+
+    Args:
+        height: Rows H.
+        width: Columns W.
+        head_width: Channels of a head, a multiple of 4.
+        like: A tensor of the wanted device and precision.
+
+    Returns:
+        Two tensors `[H * W, 1, head_width / 2]`, row by row; angles are worked out in float32.
+    """
+    pairs = head_width // 4
+    index = torch.arange(pairs, dtype=torch.float32, device=like.device)
+    frequency = torch.exp(index * (-math.log(_ROPE_BASE) / pairs))
+    rows = torch.arange(height, dtype=torch.float32, device=like.device)[:, None] * frequency
+    columns = torch.arange(width, dtype=torch.float32, device=like.device)[:, None] * frequency
+    shape = (height, width, pairs)
+    angle = torch.cat([rows[:, None].expand(shape), columns[None].expand(shape)], dim=2).reshape(-1, 1, 2 * pairs)
+    return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+
+
+def rotate(states: Tensor, turn: _Rotation) -> Tensor:
+    """Turn each pair of channels (i, i + w / 2) of `states` `[B, L, N, w]` by its pixel's angles.
+
+    RoFormer pairs neighbouring channels instead, which is the same up to the order of a head's channels.
+    """
+    cos, sin = turn
+    first, second = states.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
 class Attention(nn.Module):
     """Attention of the tokens to themselves or to a context, with shared key and value heads."""
 
@@ -106,8 +157,8 @@ class Attention(nn.Module):
         self.norm_q = RMSNorm(settings.head_width) if normed else None
         self.norm_k = RMSNorm(settings.head_width) if normed else None
 
-    def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
-        """Attend `tokens` `[B, L, C]` to `context` `[B, S, D]`; returns `[B, L, C]`."""
+    def forward(self, tokens: Tensor, context: Tensor, turn: _Rotation | None = None) -> Tensor:
+        """Attend `tokens` `[B, L, C]` to `context` `[B, S, D]`, turned by `turn` if any; returns `[B, L, C]`."""
         batch, length, width = tokens.shape
         source = context.shape[1]
         query = self.to_q(tokens).reshape(batch, length, self.heads, self.head_width)
@@ -115,6 +166,8 @@ class Attention(nn.Module):
         value = self.to_v(context).reshape(batch, source, self.kv_heads, self.head_width)
         if self.norm_q is not None and self.norm_k is not None:
             query, key = self.norm_q(query), self.norm_k(key)
+        if turn is not None:
+            query, key = rotate(query, turn), rotate(key, turn)
         mixed = F.scaled_dot_product_attention(query.transpose(1, 2), self._spread(key), self._spread(value))
         return self.to_out[0](mixed.transpose(1, 2).reshape(batch, length, width))
 
@@ -169,11 +222,11 @@ class Layer(nn.Module):
         self.norm3 = nn.LayerNorm(width, eps=_NORM_EPS)
         self.ff = FeedForward(width, int(width * settings.ffn_ratio))
 
-    def forward(self, tokens: Tensor, text: Tensor | None) -> Tensor:
+    def forward(self, tokens: Tensor, text: Tensor | None, turn: _Rotation | None = None) -> Tensor:
         """Map `tokens` `[B, L, C]` to `[B, L, C]`, reading `text` `[B, T, D]` if it attends to it."""
         normed = self.norm1(tokens)
         # Without self-attention the normalised tokens go on alone: no residual sum (DreamLite).
-        tokens = normed if self.attn1 is None else self.attn1(normed, normed) + tokens
+        tokens = normed if self.attn1 is None else self.attn1(normed, normed, turn) + tokens
         if self.attn2 is not None and self.norm2 is not None:
             assert text is not None  # the Block checks
             tokens = self.attn2(self.norm2(tokens), text) + tokens
@@ -181,29 +234,38 @@ class Layer(nn.Module):
 
 
 class Block(nn.Module):
-    """GroupNorm, linear in, `depth` layers, linear out, plus the input.
+    """GroupNorm, projection in, `depth` layers, projection out, plus the input.
 
-    Names and numerics are those of diffusers' `Transformer2DModel` and `DreamLiteTransformer2DModel`
-    with `use_linear_projection=True`.
+    Names and numerics are those of diffusers' `Transformer2DModel` and `DreamLiteTransformer2DModel` with
+    `use_linear_projection` true (`projection="linear"`) or false ("conv").
     """
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
         width = settings.channels
         self.reads_text = settings.cross_attention
+        self.rope_width = settings.head_width if settings.rope and settings.self_attention else 0
+        self.convolves = settings.projection == "conv"
         self.norm = nn.GroupNorm(settings.norm_groups, width, eps=_GROUP_EPS)
-        self.proj_in = nn.Linear(width, width)
+        self.proj_in = nn.Conv2d(width, width, kernel_size=1) if self.convolves else nn.Linear(width, width)
         self.transformer_blocks = nn.ModuleList([Layer(settings) for _ in range(settings.depth)])
-        self.proj_out = nn.Linear(width, width)
+        self.proj_out = nn.Conv2d(width, width, kernel_size=1) if self.convolves else nn.Linear(width, width)
 
     def forward(self, x: Tensor, text: Tensor | None = None) -> Tensor:
         """Map `x` `[B, C, H, W]` to the same shape, attending to `text` `[B, T, D]` if asked to."""
         check(text is not None or not self.reads_text, _KIND, "text", text, "given to cross-attend")
         batch, width, height, wide = x.shape
+        turn = rotation(height, wide, self.rope_width, x) if self.rope_width else None
+        hidden = self.norm(x)
+        if self.convolves:
+            hidden = self.proj_in(hidden)
         # Channels-last tokens are a real copy: stated, so that the trace counts it as layout.
-        tokens = self.norm(x).flatten(2).transpose(1, 2).contiguous()
-        tokens = self.proj_in(tokens)
+        tokens = hidden.flatten(2).transpose(1, 2).contiguous()
+        if not self.convolves:
+            tokens = self.proj_in(tokens)
         for layer in self.transformer_blocks:
-            tokens = layer(tokens, text)
-        tokens = self.proj_out(tokens)
-        return tokens.transpose(1, 2).reshape(batch, width, height, wide) + x
+            tokens = layer(tokens, text, turn)
+        if not self.convolves:
+            return self.proj_out(tokens).transpose(1, 2).reshape(batch, width, height, wide) + x
+        hidden = tokens.transpose(1, 2).reshape(batch, width, height, wide).contiguous()
+        return self.proj_out(hidden) + x

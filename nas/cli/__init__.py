@@ -13,7 +13,7 @@ import typer
 from typer.exceptions import TyperException
 
 from nas import __version__
-from nas.cli import browse, cost, handover, search
+from nas.cli import browse, cost, handover, inherit, profiles, search
 from nas.cli.console import StoppedError, note
 from nas.errors import NasError
 
@@ -47,8 +47,9 @@ app.add_typer(browse.devices, name="devices")
 for verb in (
     search.search,
     search.report,
-    cost.profile,
+    profiles.profile,
     cost.measure,
+    inherit.inherit,
     handover.train,
     handover.sample,
     handover.export,

@@ -23,7 +23,7 @@ def chosen(
         space: a space's name, where `subject` is None.
         reference: a published network of the space.
         choices: "name=value,…"; what is not named is taken from `reference`.
-        resolution: image side in px instead of the study's or space's.
+        resolution: image side in px instead of the study's, the space's or the reference's own.
 
     Returns:
         The candidate and what to call it.
@@ -40,13 +40,36 @@ def chosen(
         if resolution is not None:
             found = found.space.at_resolution(resolution).candidate(**found.choices)
         return found, found.key
-    loaded = sized_space(str(space), resolution)
     if choices is not None:
+        loaded = (
+            sized_space(str(space), resolution)
+            if reference is None
+            else published(str(space), reference, resolution).space
+        )
         found = typed_candidate(loaded, choices, reference)
         return found, found.key
     if reference is None:
         raise UsageError("--space needs --reference NAME or --candidate name=value,…", hint=f"nas spaces show {space}")
-    return loaded.reference(reference), reference
+    return published(str(space), reference, resolution), reference
+
+
+def published(space: str, reference: str, resolution: int | None = None) -> Candidate:
+    """A reference at the input that it is published at, or for images of another size with its own text.
+
+    Raises:
+        UsageError: an unknown space or reference, or a size that the space cannot take.
+    """
+    from nas.space import load_space
+
+    found = load_space(space).published(reference)
+    return found if resolution is None else found.space.at_resolution(resolution).candidate(**found.choices)
+
+
+def name_list(text: str | None) -> tuple[str, ...] | None:
+    """The names in "clip-l,t5-xxl"; "none" is an empty list, and None stays None."""
+    if text is None:
+        return None
+    return () if text == "none" else tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def sized_space(name: str, resolution: int | None) -> SearchSpace:

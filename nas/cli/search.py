@@ -24,6 +24,12 @@ def search(
     jobs: Annotated[int, typer.Option(help="Proxy runs side by side, one thread each.")] = 2,
     confidence: Annotated[float, typer.Option(help="How sure the latency must be to lie within the budget.")] = 0.8,
     resolution: Annotated[int | None, typer.Option(metavar="PX", help="Image side instead of the space's.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoiser calls per image instead of the space's.")] = None,
+    guidance: Annotated[
+        bool | None, typer.Option("--guidance/--no-guidance", help="Whether guidance doubles each call.")
+    ] = None,
+    decoder: Annotated[str | None, typer.Option(help="The image decoder (nas spaces show decoder).")] = None,
+    text_encoders: Annotated[str | None, typer.Option(help="NAME,... of the text encoders, or none.")] = None,
     teacher: Annotated[str, typer.Option(help="'embedded', a diffusers folder, or a hub id.")] = "embedded",
     out: Annotated[Path | None, typer.Option(help="Study folder (default reports/DATE-SPACE-DEVICE).")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming the same search.")] = False,
@@ -43,6 +49,10 @@ def search(
         jobs=jobs,
         confidence=confidence,
         resolution_px=resolution,
+        steps=steps,
+        guidance=guidance,
+        decoder=decoder,
+        text_encoders=_names(text_encoders),
         teacher=teacher,
         out=out,
         fresh=fresh,
@@ -76,6 +86,13 @@ def report(
     closing(wrote=page, following=f"open {page} in a browser", as_json=as_json)
 
 
+def _names(listed: str | None) -> tuple[str, ...] | None:
+    """The names of a list such as "clip-l,t5-xxl"; "none" is no name, and None is left to the space."""
+    if listed is None:
+        return None
+    return () if listed == "none" else tuple(name.strip() for name in listed.split(",") if name.strip())
+
+
 def _build_report(folder: Path) -> Path:
     from nas.report import build_report
 
@@ -89,9 +106,9 @@ def _print_preview(found: dict[str, Any], as_json: bool) -> None:
     budget, pipeline = found["budget"], found["pipeline"]
     result(f"space     {found['space']}, {found['space_size']:,} combinations")
     result(f"target    {found['target']}")
-    fixed = " + ".join(f"{part['role']} {part['ms']:.0f} ms" for part in pipeline["parts"]) or "nothing else"
-    left = budget["step_budget_ms"]
-    result(f"budget    {budget['text']}: {pipeline['calls']} x the denoiser, {fixed}; leaves {left:.0f} ms a call")
+    result(f"budget    {budget['text']}, which leaves {budget['step_budget_ms']:.0f} ms for one denoiser call")
+    if not budget["per_step"]:
+        _print_parts(pipeline)
     result(f"feasible  {found['feasible_share']:.1%} of the space at confidence {budget['confidence']:g}")
     for row in found["references"]:
         fits = "fits" if row["feasible"] else row["reason"]
@@ -101,6 +118,22 @@ def _print_preview(found: dict[str, Any], as_json: bool) -> None:
         note(warning)
     result(f"would spend {found['trials']} proxy runs")
     closing(following=command_line(leave_out=("--dry-run",)))
+
+
+def _print_parts(pipeline: dict[str, Any]) -> None:
+    """What a budget in seconds is spent on, in running order."""
+    guided = "two for each step" if pipeline["guidance"] else "one for each step"
+    rows = [(part["name"], "1", f"{part['ms']:.0f}", _interval(part), part["basis"]) for part in pipeline["parts"]]
+    denoiser = ("denoiser", str(pipeline["calls"]), "the rest", "", f"predicted; {guided}")
+    rows.insert(len(pipeline["text_encoders"]), denoiser)
+    result(table(("part", "calls", "ms", "interval", "basis"), rows, right=(1, 2, 3)))
+    for part in pipeline["parts"]:
+        result(f"  {part['name']}: {part['source']}")
+
+
+def _interval(part: dict[str, Any]) -> str:
+    """The bounds of a predicted part."""
+    return f"{part['low_ms']:.0f}-{part['high_ms']:.0f}" if part["low_ms"] < part["high_ms"] else ""
 
 
 def _print_search(found: SearchResult) -> None:
@@ -130,6 +163,8 @@ def _print_search(found: SearchResult) -> None:
         for member in found.front
     ]
     result(table(("candidate", "ms", "interval", "within", "quality dB", "sd", "M params", "G MACs"), rows))
+    if not record["budget"]["per_step"]:
+        _print_parts(record["pipeline"])
     for row in record["references"]:
         fidelity = "not distilled" if row["quality"] is None else f"{row['quality']:.2f} dB"
         result(f"reference {row['name']}: {row['latency_ms']:.0f} ms, {fidelity}, {row['params'] / 1e6:.0f} M params")

@@ -51,7 +51,10 @@ def export(module: nn.Module, inputs: Mapping[str, Tensor], path: str | Path) ->
 
 
 def verify(path: str | Path, module: nn.Module, inputs: Mapping[str, Tensor]) -> float:
-    """The largest absolute difference between the file's output in onnxruntime and the module's own on `inputs`."""
+    """The largest absolute difference between the file's output in onnxruntime and the module's own on `inputs`.
+
+    Of a module that gives several outputs, the first is compared.
+    """
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -61,6 +64,7 @@ def verify(path: str | Path, module: nn.Module, inputs: Mapping[str, Tensor]) ->
     try:
         with torch.no_grad():
             expected = module(**inputs)
+            expected = expected[0] if isinstance(expected, tuple) else expected
     finally:
         module.train(was_training)
     return float((torch.from_numpy(got) - expected).abs().max())
@@ -76,10 +80,9 @@ def _trace(module: nn.Module, inputs: Mapping[str, Tensor], path: Path) -> None:
         warnings.filterwarnings("ignore", message="Constant folding", category=UserWarning)
         try:
             torch.onnx.export(
-                module,
-                (),
+                _Called(module, tuple(inputs)),
+                tuple(inputs.values()),
                 str(path),
-                kwargs=dict(inputs),
                 input_names=list(inputs),
                 output_names=[OUTPUT],
                 opset_version=OPSET,
@@ -88,6 +91,19 @@ def _trace(module: nn.Module, inputs: Mapping[str, Tensor], path: Path) -> None:
         except (torch.onnx.errors.UnsupportedOperatorError, torch.onnx.errors.SymbolicValueError) as error:
             reason = str(error).splitlines()[0]
             raise NasError(f"{type(module).__name__} cannot be written as ONNX opset {OPSET}: {reason}") from error
+
+
+class _Called(nn.Module):
+    """A module as a function of exactly these inputs: the exporter would pass every other option by position."""
+
+    def __init__(self, module: nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.module = module
+        self.names = names
+
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        output: Tensor | tuple[Tensor, ...] = self.module(**dict(zip(self.names, inputs, strict=True)))
+        return output
 
 
 def _finish(path: Path, *, external: bool) -> None:

@@ -30,11 +30,15 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """How large the subjects of a target may be, in giga-MACs: a slow target's sheet sets lower ones."""
+    """How large the subjects of a target may be, in giga-MACs: a slow target's sheet sets lower ones.
+
+    A pipeline component beyond its limit is not measured; a budget is then charged with what the predictor says of it.
+    """
 
     most_block_gmac: float = 6.0
     least_network_gmac: float = 0.3
     most_network_gmac: float = 12.0
+    most_component_gmac: float = 400.0
     components: bool = True
 
 
@@ -205,7 +209,7 @@ def choose(
     return (
         *_distinct([*had["block"], *new_blocks])[:blocks],
         *_distinct([*had["network"], *new_networks])[:networks],
-        *(components(space) if limits.components else ()),
+        *(components(space, most_gmac=limits.most_component_gmac) if limits.components else ()),
     )
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nas import components as parts
 from nas.build import build, build_block, example_inputs
 from nas.network import BlockSpec, NetworkSpec
 from nas.op import features
@@ -17,6 +20,7 @@ from nas.space import SearchSpace
 from nas.trace import trace_block
 
 _COMPONENT_PIXELS = (256, 512, 1024)
+_Build = Callable[[int], tuple[nn.Module, dict[str, Tensor]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,61 +40,51 @@ class Subject:
     name: str
     spec: Mapping[str, Any] | None
     resolution_px: int | None
-    build: Callable[[int], tuple[nn.Module, dict[str, Tensor]]] = field(repr=False)
+    build: _Build = field(repr=False)
     features: np.ndarray | None = None
     macs: int = 0
     params: int = 0
     role: str = ""
 
 
-def components(space: SearchSpace, pixels: Sequence[int] = _COMPONENT_PIXELS) -> tuple[Subject, ...]:
-    """The fixed parts of the space's pipeline that have a public stand-in to build: see `_decoder`, `_text_encoder`."""
+def components(
+    space: SearchSpace, pixels: Sequence[int] = _COMPONENT_PIXELS, most_gmac: float = math.inf
+) -> tuple[Subject, ...]:
+    """The components of the space's pipeline that can be built; they are charged as measured, never fitted.
+
+    Left out are text encoders that run at whatever length a pipeline asks for: a row does not say for which it holds.
+    """
+    if space.pipeline is None:
+        return ()
     found: list[Subject] = []
     for px in pixels:
-        if "decoder" in space.pipeline.parts:
-            side = px // space.input.pixels_per_latent
-            found.append(_component("decoder", f"taesd-decoder-{px}px", px, _decoder(side)))
-    if "text_encoders" in space.pipeline.parts:
-        found.append(_component("text_encoders", "clip-l-text-encoder", None, _text_encoder))
-    return tuple(found)
+        at = space.at_resolution(px)
+        network = parts.decoder_network(space.pipeline.decoder, at)
+        found.append(_component(parts.decoder(space.pipeline.decoder, at), px, _network(network)))
+    for name in space.pipeline.text_encoders:
+        encoder = parts.text_encoder(name)
+        if encoder.tokens is not None and parts.TEXT[name].tokens is not None:
+            found.append(_component(encoder, None, partial(parts.build_text_encoder, name, encoder.tokens)))
+    return tuple(subject for subject in found if subject.macs <= most_gmac * 1e9)
 
 
-def _component(
-    role: str, name: str, px: int | None, build: Callable[[int], tuple[nn.Module, dict[str, Tensor]]]
-) -> Subject:
-    return Subject(key=name, kind="component", name=name, spec=None, resolution_px=px, build=build, role=role)
+def _component(component: parts.Component, px: int | None, build: _Build) -> Subject:
+    key = parts.subject_name(component.name, component.role, px)
+    return Subject(
+        key=key,
+        kind="component",
+        name=key,
+        spec=None,
+        resolution_px=px,
+        build=build,
+        macs=component.macs or 0,
+        params=component.params or 0,
+        role=component.role,
+    )
 
 
-class _Call(nn.Module):
-    """A model whose answer is a record, as a module of one named input and one output tensor."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        output: Tensor = self.model(input_ids=tokens).last_hidden_state
-        return output
-
-
-def _decoder(side: int) -> Callable[[int], tuple[nn.Module, dict[str, Tensor]]]:
-    """TAESD's decoder (1.22 M parameters, random weights), near in size to SnapGen's own of 1.38 M."""
-
-    def make(batch: int) -> tuple[nn.Module, dict[str, Tensor]]:
-        from diffusers import AutoencoderTiny
-
-        return AutoencoderTiny().decoder, {"x": torch.randn(batch, 4, side, side)}
-
-    return make
-
-
-def _text_encoder(batch: int) -> tuple[nn.Module, dict[str, Tensor]]:
-    """CLIP-L's text encoder (123 M parameters, random weights), 77 tokens."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    config = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-    tokens = torch.arange(77).expand(batch, 77).contiguous()
-    return _Call(CLIPTextModel(config)), {"tokens": tokens}
+def _network(spec: NetworkSpec) -> _Build:
+    return lambda batch: (build(spec), example_inputs(spec, batch))
 
 
 def block_subject(spec: BlockSpec, space: str, px: int | None, batch: int) -> Subject:
@@ -117,16 +111,13 @@ def network_subject(spec: NetworkSpec, space: str, px: int | None, batch: int) -
     """A network of the space `space` at an image of `px` pixels, called with `batch` samples."""
     ops = [op for block in spec.blocks for op in trace_block(block, batch)]
 
-    def make(batch: int) -> tuple[nn.Module, dict[str, Tensor]]:
-        return build(spec), example_inputs(spec, batch)
-
     return Subject(
         key=spec.key,
         kind="network",
         name=f"{spec.name} {spec.input.height}x{spec.input.width}",
         spec={**spec.to_json(), "space": space},
         resolution_px=px,
-        build=make,
+        build=_network(spec),
         features=features(ops),
         macs=sum(op.macs for op in ops),
         params=sum(op.weight_bytes for op in ops) // 4,

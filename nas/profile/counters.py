@@ -1,34 +1,32 @@
 """The same network counted by other tools, and why they differ.
 
-Every counter sees the same built network. torch's and thop's run on `meta`; fvcore traces with torch.jit, which fails
-on `meta` (torch 2.13), so it runs on real tensors: each parameter is one zero seen in the parameter's shape, and the
-latent is small, because activations are real.
+Every counter sees the same built network on `meta`, at the same latent. fvcore traces with torch.jit, which fails on
+`meta` as it is (torch 2.13): see `_traceable`.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nas import families
 from nas.build import Network, build, example_inputs
 from nas.network import NetworkSpec
-from nas.space import Candidate
 from nas.trace import block_trace
 
-_SMALL_PX = 256
 _SDPA = "scaled_dot_product_attention"
 Progress = Callable[[str, int, int, str], None]
+Figures = Sequence[tuple[str, int | None, int | None]]
 
-OURS, TORCH, THOP, FVCORE, FVCORE_SDPA = "nas", "torch", "thop", "fvcore", "fvcore + attention"
+OURS, TORCH, THOP, FVCORE, FVCORE_SDPA = "nas", "torch_flop_counter", "thop", "fvcore", "fvcore + attention"
 LEAVES_OUT = {
     OURS: "norms, activation functions, softmax, sums",
     TORCH: "norms, activation functions, softmax, sums; on CPU tensors also attention, silently: counted here on meta",
@@ -43,115 +41,118 @@ class Count:
     """What one counter says.
 
     Attributes:
-        counter: its name.
+        name: of the counter.
         macs: multiply-accumulates of one call; None where it cannot run.
         params: parameters that it sees; None if it counts none.
         latent: "HxW" of the latent it was run at.
-        deployed: whether that is the latent of the candidate's own resolution.
         leaves_out: what it does not count, or why it could not run.
     """
 
-    counter: str
+    name: str
     macs: int | None
     params: int | None
     latent: str
-    deployed: bool
     leaves_out: str
 
 
-def compare(candidate: Candidate, progress: Progress | None = None) -> tuple[Count, ...]:
-    """Every counter at the candidate's own latent where it can run there, then all of them at one small latent."""
-    report = progress or (lambda stage, done, total, note: None)
-    deployed = families.network(candidate)
-    small = families.network(candidate.space.at_resolution(_small_px(candidate)).from_row(np.array(candidate.row)))
+def count_all(spec: NetworkSpec, progress: Progress | None = None) -> tuple[Count, ...]:
+    """Every counter on one network."""
     found: list[Count] = []
-    jobs = [(spec, name) for spec, names in ((deployed, (OURS, TORCH, THOP)), (small, (OURS, TORCH, THOP, FVCORE)))
-            for name in names]  # fmt: skip
-    for i, (spec, name) in enumerate(jobs):
-        report("count", i, len(jobs), f"{name} at a {_latent(spec)} latent")
-        found += count(spec, name, deployed=spec is deployed)
-    report("count", len(jobs), len(jobs), "counted")
+    names = (OURS, TORCH, FVCORE, THOP)
+    for i, name in enumerate(names):
+        if progress is not None:
+            progress("count", i, len(names), f"MACs by {name}")
+        found += count(spec, name)
+    if progress is not None:
+        progress("count", len(names), len(names), "counted")
     return tuple(found)
 
 
-def count(spec: NetworkSpec, counter: str, *, deployed: bool = True) -> list[Count]:
+def count(spec: NetworkSpec, counter: str) -> list[Count]:
     """One counter on one network; fvcore gives two figures, without and with a rule for attention."""
-    runs: dict[str, Callable[[NetworkSpec], Sequence[tuple[str, int, int | None]]]] = {
-        OURS: _ours,
-        TORCH: _torch,
-        THOP: _thop,
-        FVCORE: _fvcore,
-    }
+    runs: dict[str, Callable[[NetworkSpec], Figures]] = {OURS: _ours, TORCH: _torch, THOP: _thop, FVCORE: _fvcore}
+    reason = ""
     try:
-        figures: Sequence[tuple[str, int | None, int | None]] = runs[counter](spec)
-        reason = ""
+        figures = runs[counter](spec)
     except ImportError as error:
         figures, reason = [(counter, None, None)], f"could not run: {error}"
     return [
         Count(
-            counter=name,
+            name=name,
             macs=macs,
             params=params,
-            latent=_latent(spec),
-            deployed=deployed,
+            latent=f"{spec.input.height}x{spec.input.width}",
             leaves_out=reason or LEAVES_OUT[name],
         )
         for name, macs, params in figures
     ]
 
 
-def _small_px(candidate: Candidate) -> int:
-    """About `_SMALL_PX`, as a multiple of what the family can halve, and not above the candidate's own."""
-    space = candidate.space
-    step = space.input.pixels_per_latent * int(space.fixed.get("downscale", 1))
-    return min(space.resolution_px, max(step, _SMALL_PX // step * step))
+class _Called(nn.Module):
+    """A network that takes only what it reads, in a row: tools that trace take neither names nor None.
+
+    Attributes:
+        network: what is called.
+        inputs: tensors on `meta` to call it with.
+    """
+
+    def __init__(self, spec: NetworkSpec) -> None:
+        super().__init__()
+        self.network: Network = build(spec, "meta").eval()
+        given = example_inputs(spec, device="meta")
+        self.names = tuple(given)
+        self.inputs = tuple(given.values())
+
+    def forward(self, *given: Tensor) -> Any:
+        return self.network(**dict(zip(self.names, given, strict=True)))
 
 
-def _latent(spec: NetworkSpec) -> str:
-    return f"{spec.input.height}×{spec.input.width}"
-
-
-def _positional(spec: NetworkSpec, device: str) -> tuple[Tensor | None, ...]:
-    """The inputs in the order of `Network.forward`, None for those that the network does not take."""
-    given = example_inputs(spec, device=device)
-    names = ("sample", "timestep", "text", "pooled", "size_ids")
-    return tuple(given.get(name) for name in names[: 1 + max(names.index(name) for name in given)])
-
-
-def _ours(spec: NetworkSpec) -> list[tuple[str, int, int | None]]:
+def _ours(spec: NetworkSpec) -> Figures:
     traces = [block_trace(block) for block in spec.blocks]
     return [(OURS, sum(trace.macs for trace in traces), sum(trace.params for trace in traces))]
 
 
-def _torch(spec: NetworkSpec) -> list[tuple[str, int, int | None]]:
-    network = build(spec, "meta").eval()
+def _torch(spec: NetworkSpec) -> Figures:
+    called = _Called(spec)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network(**example_inputs(spec, device="meta"))
+        called(*called.inputs)
     return [(TORCH, counter.get_total_flops() // 2, None)]
 
 
-def _thop(spec: NetworkSpec) -> list[tuple[str, int, int | None]]:
+def _thop(spec: NetworkSpec) -> Figures:
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message="distutils Version classes are deprecated", category=DeprecationWarning
         )
         import thop
+        from thop.profile import register_hooks
 
+        called = _Called(spec)
+        # thop looks a module up by its exact class, and reads inputs that are given in a row: a block that only extends
+        # one of torch's layers is counted as that layer.
+        rules = {}
+        for module in called.modules():
+            bases = [base for base in type(module).__mro__[1:] if base in register_hooks]
+            if bases and type(module) not in register_hooks:
+                rules[type(module)] = register_hooks[bases[0]]
+                module.register_forward_pre_hook(
+                    lambda _, given, named: ((*given, *named.values()), {}), with_kwargs=True
+                )
         with torch.no_grad():
-            macs, params = thop.profile(build(spec, "meta").eval(), inputs=_positional(spec, "meta"), verbose=False)
+            macs, params = thop.profile(called, inputs=called.inputs, custom_ops=rules, verbose=False)
     return [(THOP, int(macs), int(params))]
 
 
-def _fvcore(spec: NetworkSpec) -> list[tuple[str, int, int | None]]:
-    network = weightless(build(spec, "meta").eval())
+def _fvcore(spec: NetworkSpec) -> Figures:
+    called = _Called(spec)
     with warnings.catch_warnings():
         # fvcore's own use of what torch.jit announces as its end, and the tracer's remarks on shapes.
         warnings.filterwarnings("ignore", message="`torch.jit", category=DeprecationWarning)
         from fvcore.nn import FlopCountAnalysis
 
-        analysis = FlopCountAnalysis(network, _positional(spec, "cpu")).set_op_handle(f"aten::{_SDPA}", _sdpa_macs)
+        analysis = FlopCountAnalysis(called, called.inputs).set_op_handle(f"aten::{_SDPA}", _sdpa_macs)
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
-        with torch.no_grad():
+        with torch.no_grad(), _traceable():
             total, attention = int(analysis.total()), int(analysis.by_operator()[_SDPA])
     # Without the rule fvcore counts attention as nothing, so one run gives both figures.
     return [(FVCORE, total - attention, None), (FVCORE_SDPA, total, None)]
@@ -165,9 +166,36 @@ def _sdpa_macs(inputs: list[Any], outputs: list[Any]) -> int:
     return math.prod(query[:-2]) * query[-2] * key[-2] * (query[-1] + value[-1])
 
 
-def weightless(network: Network) -> Network:
-    """`network`, its parameters on CPU without their memory: each is one zero, expanded to the parameter's shape."""
-    for module in network.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, name, nn.Parameter(torch.zeros(()).expand(parameter.shape), requires_grad=False))
-    return network
+_traced_shape: Callable[[Tensor], torch.Size] = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _traceable() -> Iterator[None]:
+    """Lets torch.jit trace on `meta`, which saves the weights and the work of a real call.
+
+    While it traces, sizes are tensors, which the Python kernels of `meta` cannot take: here they are numbers. And
+    `meta` runs a convolution below the operator that the tracer would note: here that operator is called itself.
+    """
+    with ExitStack() as stack:
+        for owner, name, stand_in in (
+            (torch.Tensor, "shape", property(_shape)),
+            (torch.Tensor, "size", lambda t, dim=None: _shape(t) if dim is None else _shape(t)[dim]),
+            (torch.Tensor, "numel", lambda t: math.prod(_shape(t))),
+            (nn.Conv2d, "_conv_forward", _convolution),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, stand_in))
+        yield
+
+
+def _shape(tensor: Tensor) -> torch.Size:
+    return torch.Size([int(size) for size in _traced_shape(tensor)])
+
+
+def _convolution(module: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    padding, stride, dilation = (_pair(v) for v in (module.padding, module.stride, module.dilation))
+    flags = (False, [0, 0], module.groups, False, False, False, False)  # transposed, its padding, groups, backend's
+    return torch._convolution(x, weight, bias, stride, padding, dilation, *flags)
+
+
+def _pair(value: Any) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value)

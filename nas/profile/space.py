@@ -51,6 +51,7 @@ class SpaceProfile:
         """Plain data, as `nas profile --json` prints it."""
         return {
             "space": self.space.name,
+            "candidates": self.space.count,
             "combinations": self.space.size,
             "resolution_px": self.space.resolution_px,
             "target": self.target,

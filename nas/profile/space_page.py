@@ -10,7 +10,7 @@ import pandas as pd
 
 from nas import __version__, page
 from nas.page import Cell, Figure, Section, escape
-from nas.page.numbers import label, plain, scaled, significant
+from nas.page.numbers import label, plain, significant
 from nas.page.plots import axis, layout
 from nas.profile.space import SpaceProfile
 from nas.profile.words import NAMES, shown
@@ -20,7 +20,7 @@ def space_page(profile: SpaceProfile, path: Path) -> Path:
     """Writes a space's profile as one offline page."""
     space = profile.space
     words = (
-        f"{space.summary}. {scaled(space.size)} combinations; {profile.sampled:,} candidates drawn uniformly"
+        f"{space.summary}. {space.extent}; {profile.sampled:,} of them drawn uniformly"
         f" (seed {profile.seed}), one denoiser call each at {space.resolution_px} × {space.resolution_px} pixels."
         + (f" Latency on {profile.target}." if profile.target else "")
     )

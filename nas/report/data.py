@@ -90,6 +90,32 @@ def references(files: StudyFiles) -> pd.DataFrame:
     return frame
 
 
+def image_parts(record: Mapping[str, Any], row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The parts of one image with the network of `row`, in running order.
+
+    Returns:
+        Each with name, calls, ms, low_ms, high_ms (of all its calls), basis and source. Studies of 0.1 did not say the
+        basis of a component, which was measured or published; their bounds are its value.
+    """
+    pipeline = record["pipeline"]
+    parts = [
+        {"low_ms": part["ms"], "high_ms": part["ms"], "basis": "measured or published", **part, "calls": 1}
+        for part in pipeline["parts"]
+    ]
+    fixed = {name: sum(float(part[name]) for part in parts) for name in ("ms", "low_ms", "high_ms")}
+    denoiser = {
+        "name": f"denoiser {row['key']}",
+        "calls": pipeline["calls"],
+        "ms": row["latency_ms"] - fixed["ms"],
+        "low_ms": row["latency_low_ms"] - fixed["low_ms"],
+        "high_ms": row["latency_high_ms"] - fixed["high_ms"],
+        "basis": "predicted",
+        "source": f"the latency predictor of {record['target']}",
+    }
+    encoders = [part for part in parts if part["role"] == "text_encoders"]
+    return [*encoders, denoiser, *(part for part in parts if part["role"] != "text_encoders")]
+
+
 def latency_parts(files: StudyFiles, by: str) -> pd.DataFrame:
     """Predicted milliseconds of one denoiser call of each front member, summed over `by` ("stage" or "kind").
 

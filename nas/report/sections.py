@@ -80,7 +80,8 @@ def budget_words(files: StudyFiles) -> str:
     resolution = f"{record['resolution_px']} × {record['resolution_px']} pixels"
     if budget["per_step"]:
         return f"The budget is {exact(budget['ms'])} for one denoiser call at {resolution}. {confidence}"
-    fixed = " and ".join(f"{part['name']} {milliseconds(part['ms'])}" for part in pipeline["parts"])
+    charged = [_charged(part) for part in pipeline["parts"]]
+    fixed = " and ".join([", ".join(charged[:-1]), charged[-1]] if len(charged) > 1 else charged)
     paid = f"{fixed} are paid first, whatever the denoiser" if fixed else "nothing is charged besides the denoiser"
     calls = f"{pipeline['steps']} steps" + (
         " of two calls each (classifier-free guidance)" if pipeline["guidance"] else ""
@@ -89,6 +90,13 @@ def budget_words(files: StudyFiles) -> str:
         f"The budget is {exact(budget['ms'])} for one image of {resolution}: {paid}; the rest is shared by"
         f" {calls}, which leaves {milliseconds(budget['step_budget_ms'])} for each denoiser call. {confidence}"
     )
+
+
+def _charged(part: Mapping[str, Any]) -> str:
+    """A component with what it is charged at; a predicted one at its upper bound."""
+    if part.get("basis") == "predicted":
+        return f"{part['name']} {milliseconds(part['high_ms'])} (the upper bound of a prediction)"
+    return f"{part['name']} {milliseconds(part['ms'])}" + (f" ({part['basis']})" if part.get("basis") else "")
 
 
 def ordered(files: StudyFiles) -> list[Section]:
@@ -205,6 +213,37 @@ def _table_row(row: Mapping[str, Any]) -> list[Cell | str]:
     ]
 
 
+def _image(files: StudyFiles) -> str:
+    """One image as its parts: the pipeline's components, and the denoiser of the recommended network."""
+    record = files.record
+    table = data.front_table(files)
+    chosen = table[table["recommended"]]
+    if record["budget"]["per_step"] or chosen.empty:
+        return ""
+    lines = data.image_parts(record, chosen.iloc[0].to_dict())
+    rows: list[list[Cell | str]] = [
+        [
+            str(line["name"]),
+            Cell(text=str(line["calls"]), sort=line["calls"]),
+            Cell(text=milliseconds(line["ms"]), sort=line["ms"]),
+            f"{milliseconds(line['low_ms'])} to {milliseconds(line['high_ms'])}"
+            if line["low_ms"] < line["high_ms"]
+            else "",
+            str(line["basis"]),
+            str(line["source"]),
+        ]
+        for line in lines
+    ]
+    words = (
+        f"One image with the recommended network, {milliseconds(chosen.iloc[0]['latency_ms'])}: each part once, the"
+        " denoiser for every call. The bounds of an image are the sums of the bounds; what was measured or published"
+        " adds its own value to both."
+    )
+    return page.paragraph(escape(words), "note") + page.table(
+        ["part", "calls", "time", "between", "basis", "source"], rows
+    )
+
+
 def _parts(files: StudyFiles) -> str:
     if files.blocks.empty or files.front.empty:
         return ""
@@ -216,7 +255,7 @@ def _parts(files: StudyFiles) -> str:
         for by, word in (("stage", "stage"), ("kind", "kind of block"))
     ]
     words = "One bar per front member, fastest at the top: the predictor's milliseconds of one denoiser call."
-    return page.paragraph(escape(words), "note") + page.views("views-where", shown)
+    return _image(files) + page.paragraph(escape(words), "note") + page.views("views-where", shown)
 
 
 def _choices(files: StudyFiles) -> str:

@@ -49,6 +49,11 @@ _KIND_OF: dict[str, str] = {
     "upsample_nearest2d": "resize",
     **dict.fromkeys(("clone", "copy", "constant_pad_nd", "repeat"), "layout"),
     **dict.fromkeys(
+        # T5's positions: distances between tokens, looked up in a table.
+        ("gt", "lt", "abs", "log", "minimum", "full_like"),
+        "lookup",
+    ),
+    **dict.fromkeys(
         ("arange", "exp", "sin", "cos", "full", "zeros", "ones", "fill", "embedding", "index", "argmax"), "lookup"
     ),
 }

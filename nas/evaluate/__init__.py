@@ -9,18 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
-from nas.device import Budget, DeviceSheet
+from nas.device import DeviceSheet
 from nas.errors import UsageError
+from nas.evaluate.budget import Terms, terms, with_pipeline
+from nas.evaluate.whole import Breakdown, Share, breakdown
 from nas.latency import LatencyPredictor
 from nas.network import Scalar
 from nas.pricing import PricedBlock, Pricer, Prices, fastest
 from nas.quality import Quality
 from nas.space import Candidate, SearchSpace
-from nas.tables import FixedPart, fixed_parts
+
+__all__ = ["Breakdown", "Evaluation", "Evaluator", "Share", "Terms", "breakdown", "terms", "with_pipeline"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,58 +67,6 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Terms:
-    """A budget in the terms of one space: what one denoiser call may take after everything else is paid.
-
-    Attributes:
-        calls: denoiser calls that the budget pays for: 1 for a `/step` budget.
-        parts: what is charged once per image; empty for a `/step` budget.
-        confidence: the probability with which a latency must lie within the budget to count as feasible.
-    """
-
-    budget: Budget
-    calls: int
-    parts: tuple[FixedPart, ...]
-    confidence: float
-
-    @property
-    def fixed_ms(self) -> float:
-        """Milliseconds per image that no choice of denoiser changes."""
-        return sum(part.ms for part in self.parts)
-
-    @property
-    def step_budget_ms(self) -> float:
-        """What one denoiser call may take; not positive when the fixed parts alone break the budget."""
-        return (self.budget.ms - self.fixed_ms) / self.calls
-
-    def total_ms(self, step_ms: Any) -> Any:
-        """One image (or one call) from one denoiser call."""
-        return self.fixed_ms + self.calls * step_ms
-
-
-def terms(space: SearchSpace, sheet: DeviceSheet, budget: Budget, confidence: float) -> Terms:
-    """What a budget means for a space on a device.
-
-    Raises:
-        UsageError: confidence is not between 0.5 and 0.999, or the fixed parts alone are over the budget.
-        NasError: a fixed part has no latency on that device at that resolution.
-    """
-    if not 0.5 <= confidence <= 0.999:
-        raise UsageError(f"confidence must be between 0.5 and 0.999, got {confidence}")
-    if budget.per_step:
-        return Terms(budget=budget, calls=1, parts=(), confidence=confidence)
-    parts = tuple(fixed_parts(sheet.slug, space.pipeline.parts, space.resolution_px))
-    found = Terms(budget=budget, calls=space.pipeline.calls, parts=parts, confidence=confidence)
-    if found.step_budget_ms <= 0:
-        listed = " + ".join(f"{part.name} {part.ms:g} ms" for part in parts)
-        raise UsageError(
-            f"budget {budget} is spent before the first denoiser call: {listed} = {found.fixed_ms:g} ms",
-            hint=f"raise the budget, or budget one call: --budget {found.budget.ms:g}ms/step@{budget.device}",
-        )
-    return found
-
-
-@dataclass(frozen=True, kw_only=True)
 class Evaluator:
     """Prices candidates of one space against one budget on one device."""
 
@@ -132,7 +82,7 @@ class Evaluator:
 
     def upper_ms(self, features: np.ndarray) -> np.ndarray:
         """[n]: the bound on one image that holds with the budget's confidence."""
-        return np.asarray(self.terms.total_ms(self.predictor.upper(features, self.terms.confidence)))
+        return np.asarray(self.terms.total_high_ms(self.predictor.upper(features, self.terms.confidence)))
 
     def warnings(self, evaluations: Sequence[Evaluation]) -> tuple[str, ...]:
         """What must be said beside these latencies: how many lie far outside what the predictor was fitted on."""
@@ -166,7 +116,7 @@ class Evaluator:
             f"no candidate of {self.space.name} meets {self.terms.budget} with probability {self.terms.confidence:g}:"
             f" the fastest found, {found.key}, takes {found.latency_ms:.0f} ms and is below"
             f" {found.latency_high_ms:.0f} ms with that probability, {found.latency_high_ms - self.terms.budget.ms:.0f}"
-            f" ms over ({self.terms.fixed_ms:g} ms of it fixed parts)",
+            f" ms over ({self.terms.fixed_high_ms:.4g} ms of it fixed parts)",
             hint=f"a budget from {found.latency_high_ms:.0f} ms, a lower --confidence or --resolution, or a space with"
             " smaller networks",
         )
@@ -179,7 +129,7 @@ class Evaluator:
         prices = self.pricer.rows(rows)
         step_ms, _, _ = self.predictor.predict(prices.features)
         upper = self.upper_ms(prices.features)
-        lower = self.terms.total_ms(self.predictor.lower(prices.features, self.terms.confidence))
+        lower = self.terms.total_low_ms(self.predictor.lower(prices.features, self.terms.confidence))
         within = self.predictor.probability_within(prices.features, self.terms.step_budget_ms)
         return [
             self._evaluation(candidate, i, prices, step_ms, lower, upper, within, source)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 from nas.errors import NasError, UsageError, unknown
 from nas.network import Scalar, short_hash
 from nas.paths import data_dir
+from nas.space.counting import count_rows
 from nas.space_file import Choice, InputSettings, Pipeline, Reference, Rule, read_space_file
 
 
@@ -59,6 +60,41 @@ class SearchSpace:
     def size(self) -> int:
         """How many combinations of choices there are, inactive and forbidden ones included (an upper bound)."""
         return math.prod(len(choice.values) for choice in self.choices)
+
+    @cached_property
+    def count(self) -> int | None:
+        """How many distinct allowed candidates there are, exactly; None where the rules tie too many choices together.
+
+        Two candidates are distinct if their active choices differ.
+        """
+        return self._count(self.rules)
+
+    @property
+    def extent(self) -> str:
+        """The same in words: "15 distinct candidates"."""
+        return f"at most {self.size:,} candidates" if self.count is None else f"{self.count:,} distinct candidates"
+
+    def _count(self, rules: Iterable[Rule]) -> int | None:
+        # A row is a candidate of its own unless a rule that it meets forbids it, or switches off a choice of it that is
+        # not at its first value.
+        excluded: list[dict[int, np.ndarray]] = []
+        for rule in rules:
+            met = dict(self._conditions[rule])
+            if rule.forbids:
+                excluded.append(met)
+            for name in rule.inactive:
+                column, other = self.column[name], np.arange(len(self.choice(name).values)) > 0
+                excluded.append({**met, column: met.get(column, other) & other})
+        return count_rows(self._sizes, excluded)
+
+    def _contradiction(self) -> list[int]:
+        """Rules, by their numbers, that together leave no candidate while all but any one of them leave some."""
+        kept = dict(enumerate(self.rules))
+        for i in range(len(self.rules)):
+            fewer = {k: rule for k, rule in kept.items() if k != i}
+            if self._count(fewer.values()) == 0:
+                kept = fewer
+        return list(kept)
 
     @cached_property
     def column(self) -> dict[str, int]:
@@ -309,7 +345,8 @@ def load_space(name: str | Path, folder: str | Path | None = None) -> SearchSpac
     """A space by its name, or by the path of a TOML file.
 
     Raises:
-        UsageError: unknown name, or a key, value or rule in the file that is not known; names file and field.
+        UsageError: unknown name, a key, value or rule in the file that is not known, or rules that leave no candidate;
+            names file and field.
     """
     path = Path(name)
     if path.suffix == ".toml":
@@ -321,6 +358,9 @@ def load_space(name: str | Path, folder: str | Path | None = None) -> SearchSpac
         path = data_dir("search_spaces", folder) / f"{name}.toml"
     fields: dict[str, Any] = read_space_file(path)
     space = SearchSpace(**fields)
+    if space.count == 0:
+        guilty = " and ".join(f"[rules[{i}]] ({space.rules[i].because})" for i in space._contradiction())
+        raise UsageError(f"{path}: no candidate is left by {guilty}")
     for reference in space.references:
         try:
             space.candidate(**dict(reference.choices))

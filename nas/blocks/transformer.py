@@ -224,13 +224,16 @@ class Layer(nn.Module):
 
     def forward(self, tokens: Tensor, text: Tensor | None, turn: _Rotation | None = None) -> Tensor:
         """Map `tokens` `[B, L, C]` to `[B, L, C]`, reading `text` `[B, T, D]` if it attends to it."""
-        normed = self.norm1(tokens)
-        # Without self-attention the normalised tokens go on alone: no residual sum (DreamLite).
-        tokens = normed if self.attn1 is None else self.attn1(normed, normed, turn) + tokens
+        tokens = self._attended_to_itself(tokens, turn)
         if self.attn2 is not None and self.norm2 is not None:
             assert text is not None  # the Block checks
             tokens = self.attn2(self.norm2(tokens), text) + tokens
         return self.ff(self.norm3(tokens)) + tokens
+
+    def _attended_to_itself(self, tokens: Tensor, turn: _Rotation | None) -> Tensor:
+        normed = self.norm1(tokens)
+        # Without self-attention the normalised tokens go on alone: no residual sum (DreamLite).
+        return normed if self.attn1 is None else self.attn1(normed, normed, turn) + tokens
 
 
 class Block(nn.Module):
@@ -256,16 +259,19 @@ class Block(nn.Module):
         check(text is not None or not self.reads_text, _KIND, "text", text, "given to cross-attend")
         batch, width, height, wide = x.shape
         turn = rotation(height, wide, self.rope_width, x) if self.rope_width else None
-        hidden = self.norm(x)
-        if self.convolves:
-            hidden = self.proj_in(hidden)
-        # Channels-last tokens are a real copy: stated, so that the trace counts it as layout.
-        tokens = hidden.flatten(2).transpose(1, 2).contiguous()
-        if not self.convolves:
-            tokens = self.proj_in(tokens)
+        tokens = self._tokens(x)
         for layer in self.transformer_blocks:
             tokens = layer(tokens, text, turn)
         if not self.convolves:
             return self.proj_out(tokens).transpose(1, 2).reshape(batch, width, height, wide) + x
         hidden = tokens.transpose(1, 2).reshape(batch, width, height, wide).contiguous()
         return self.proj_out(hidden) + x
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """The normalised and projected pixels as tokens `[B, L, C]`."""
+        hidden = self.norm(x)
+        if self.convolves:
+            hidden = self.proj_in(hidden)
+        # Channels-last tokens are a real copy: stated, so that the trace counts it as layout.
+        tokens = hidden.flatten(2).transpose(1, 2).contiguous()
+        return tokens if self.convolves else self.proj_in(tokens)

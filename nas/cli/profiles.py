@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 def profile(
     names: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[STUDY#CANDIDATE | REFERENCE...]", help="A candidate of a study; with --compare, references."
-        ),
+        typer.Argument(metavar="NAME", help="STUDY#CANDIDATE; with --compare, references of --space or of any space."),
     ] = None,
     space: Annotated[str | None, typer.Option(help="A space: the whole of it, or one network of it.")] = None,
     reference: Annotated[str | None, typer.Option(help="A published network of the space.")] = None,

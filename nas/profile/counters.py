@@ -31,8 +31,10 @@ LEAVES_OUT = {
     OURS: "norms, activation functions, softmax, sums",
     TORCH: "norms, activation functions, softmax, sums; on CPU tensors also attention, silently: counted here on meta",
     THOP: "attention matmuls and everything else that is a function and not a module; counts norms by element",
-    FVCORE: "attention: it has no rule for scaled_dot_product_attention; counts norms and resizes by element",
-    FVCORE_SDPA: "nothing that multiplies, once it is given a rule for attention; counts norms and resizes by element",
+    FVCORE: "attention: it has no rule for scaled_dot_product_attention; layers whose result nothing reads; counts"
+    " norms and resizes by element",
+    FVCORE_SDPA: "layers whose result nothing reads; counts attention, once given a rule for it, and norms and resizes"
+    " by element",
 }
 
 

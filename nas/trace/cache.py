@@ -6,6 +6,7 @@ never meets an old trace. What cannot be read or written is traced again: the ca
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import sqlite3
@@ -73,9 +74,27 @@ def _code(kind: str) -> str:
     digest = hashlib.sha256(torch.__version__.encode())
     # A block given as a file outside the tree is named by its path.
     block = Path(kind) if kind.endswith(".py") else _source(f"nas.blocks.{kind}")
-    for file in (block, _source("nas.op"), _source("nas.trace"), _source("nas.trace.recorder")):
+    for file in (*_with_imports(block), _source("nas.op"), _source("nas.trace"), _source("nas.trace.recorder")):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _with_imports(block: Path) -> list[Path]:
+    """A block's file and those of nas.blocks that it is made of, however far down."""
+    found: dict[Path, None] = {}
+    todo = [block]
+    while todo:
+        file = todo.pop()
+        if file in found:
+            continue
+        found[file] = None
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "nas.blocks":
+                names = [f"nas.blocks.{alias.name}" for alias in node.names]
+                todo += [Path(str(spec.origin)) for spec in map(find_spec, names) if spec is not None]
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nas.blocks."):
+                todo.append(_source(str(node.module)))
+    return sorted(found)
 
 
 def _source(module: str) -> Path:

@@ -87,14 +87,21 @@ def search(spec: NetworkSpec, spaces: Iterable[SearchSpace] | None = None) -> Po
 
 
 def _nearest(spec: NetworkSpec, spaces: Iterable[SearchSpace]) -> Point | Miss:
-    nearest = Miss(space="", matched=-1, reason="there is no space")
+    misses: list[tuple[int, int, Miss]] = []
     for space in spaces:
         found = _in_space(spec, space)
         if isinstance(found, Point):
             return found
-        if found.matched > nearest.matched:
-            nearest = found
-    return nearest
+        misses.append((found.matched, _resemblance(spec, space), found))
+    nearest = max(misses, key=lambda miss: miss[:2], default=None)
+    return nearest[2] if nearest is not None else Miss(space="", matched=0, reason="there is no space")
+
+
+def _resemblance(spec: NetworkSpec, space: SearchSpace) -> int:
+    """How many of the network's blocks have the name and kind of one in a published network of the space."""
+    own = {(block.name, block.kind) for block in spec.blocks}
+    published = [families.network(space.reference(reference.name)).blocks for reference in space.references]
+    return max((len(own & {(block.name, block.kind) for block in blocks}) for blocks in published), default=0)
 
 
 def _in_space(spec: NetworkSpec, whole: SearchSpace) -> Point | Miss:

@@ -186,7 +186,6 @@ def candidate_of(study: str, root: str | Path = "reports") -> tuple[Path, Candid
         raise unknown("candidate", key, known, where=f"the front of {folder}")
     space = load_space(data.get("space_path") or data["space"])
     row = frame[frame["key"] == matches[0]].iloc[0]
-    values = {c.name: _typed(c.values, row[f"choice.{c.name}"]) for c in space.choices if row[f"choice.{c.name}"] != ""}
     space = space.at_resolution(int(data["resolution_px"]))
     if space.hash != data["space_hash"]:
         raise NasError(
@@ -194,6 +193,7 @@ def candidate_of(study: str, root: str | Path = "reports") -> tuple[Path, Candid
             f" {space.hash}): the same choices may stand for another network",
             hint="run the search again, or restore the space file",
         )
+    values = {c.name: _typed(c.values, row[f"choice.{c.name}"]) for c in space.choices if row[f"choice.{c.name}"] != ""}
     return folder, space.candidate(**values)
 
 

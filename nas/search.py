@@ -15,6 +15,7 @@ from nas.errors import UsageError
 from nas.evaluate import Evaluation, Evaluator, terms, with_pipeline
 from nas.latency import load_predictor
 from nas.paths import writable_dir
+from nas.pricing.references import check_references
 from nas.provenance import provenance
 from nas.record import SCHEMA, Trial, blocks_frame, edges, front, hypervolumes, recommend, trials_frame, write
 from nas.space import SearchSpace, load_space
@@ -93,6 +94,7 @@ def plan_search(settings: SearchSettings) -> Plan:
         predictor=predictor,
         terms=terms(space, sheet, budget, settings.confidence, predictor),
     )
+    check_references(space)
     return Plan(
         evaluator=evaluator,
         teacher=settings.teacher,
@@ -131,7 +133,7 @@ def preview(plan: Plan) -> dict[str, Any]:
     share = evaluator.feasible_share()
     return {
         "space": evaluator.space.name,
-        "space_size": evaluator.space.size,
+        "space_size": evaluator.space.count or evaluator.space.size,
         "target": evaluator.sheet.slug,
         "budget": _budget(evaluator),
         "pipeline": _pipeline(evaluator),
@@ -217,7 +219,7 @@ def write_record(study: Study, settings: SearchSettings) -> SearchResult:
         "space_path": str(evaluator.space.path) if settings.space.endswith(".toml") else None,
         "space_hash": evaluator.space.hash,
         "space_summary": evaluator.space.summary,
-        "space_size": evaluator.space.size,
+        "space_size": evaluator.space.count or evaluator.space.size,
         "resolution_px": evaluator.space.resolution_px,
         "target": evaluator.sheet.slug,
         "target_alias": evaluator.sheet.alias,
@@ -305,13 +307,13 @@ def _pipeline(evaluator: Evaluator) -> dict[str, Any]:
 
 def _references(evaluator: Evaluator) -> list[Evaluation]:
     space = evaluator.space
-    return [evaluator.price([space.reference(r.name)], f"reference:{r.name}")[0] for r in space.references]
+    return [evaluator.price([space.reference(r.name)], f"reference:{r.name}")[0] for r in space.starting]
 
 
 def _reference_rows(evaluator: Evaluator, trials: list[Trial]) -> list[dict[str, Any]]:
     """Each reference as the study found it, with what was published about it."""
     rows = []
-    for reference, priced in zip(evaluator.space.references, _references(evaluator), strict=True):
+    for reference, priced in zip(evaluator.space.starting, _references(evaluator), strict=True):
         tried = next((t.evaluation for t in trials if t.evaluation.key == priced.key and t.state == "proxied"), priced)
         step_ms = (reference.step_ms or {}).get(evaluator.sheet.slug)
         rows.append(

@@ -121,6 +121,7 @@ class Reference:
         published: the parameter count in the publisher's own words.
         step_ms: target -> ms of one call.
         resolution_px, text_width: its own input where it is not the space's.
+        start: False keeps a search from beginning with it (a step on the way to another reference).
     """
 
     name: str
@@ -133,6 +134,7 @@ class Reference:
     step_ms: Mapping[str, float] | None = None
     resolution_px: int | None = None
     text_width: int | None = None
+    start: bool | None = None
 
 
 def _is_count(value: Any) -> bool:
@@ -161,6 +163,7 @@ _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "int": (_is_count, "a whole number above 0"),
     "int | None": (_is_count, "a whole number above 0"),
     "bool": (lambda value: isinstance(value, bool), "true or false"),
+    "bool | None": (lambda value: isinstance(value, bool), "true or false"),
     "str": (lambda value: isinstance(value, str), "a text"),
     "str | None": (lambda value: isinstance(value, str), "a text"),
     "tuple[str, ...]": (_is_texts, "a list of texts"),

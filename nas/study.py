@@ -203,9 +203,9 @@ class Study:
         return streak
 
     def _untried_references(self) -> list[str]:
-        """References that the journal does not hold yet; all of them go into the first round."""
+        """Starting references that the journal does not hold yet; all of them go into the first round."""
         tried = {t.user_attrs["source"] for t in self.study.get_trials(deepcopy=False)}
-        return [r.name for r in self.space.references if f"reference:{r.name}" not in tried]
+        return [r.name for r in self.space.starting if f"reference:{r.name}" not in tried]
 
     def _propose(self, at_random: bool) -> Candidate | None:
         """The sampler's next candidate, or a random one; None, and a trial that says so, where the rules forbid it.

@@ -27,6 +27,7 @@ SMALLEST = {
     "self_attention_2": False,
     "attention": "mqa",
     "qk_norm": "none",
+    "positions": "none",
     "ffn_ratio": 2,
 }
 

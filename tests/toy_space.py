@@ -54,7 +54,7 @@ source = "made for tests"
 name = "known"
 title = "a published one"
 source = "made for tests"
-params = 1
+params = 7_161_028
 [reference.choices]
 width_0 = 128
 width_1 = 192

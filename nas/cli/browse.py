@@ -131,7 +131,7 @@ def _print_references(space: SearchSpace, found: Sequence[ReferenceFigures]) -> 
         result("\nno references")
         return
     rows = [(f.reference.name, f.reference.published, f.reference.params, f.params) for f in found]
-    result("\n" + table(("reference", "published", "params claimed", "params computed"), rows, left=2))
+    result("\n" + table(("reference", "published", "params stated", "params computed"), rows, left=2))
     calls = [
         (
             f.reference.name,
@@ -143,7 +143,7 @@ def _print_references(space: SearchSpace, found: Sequence[ReferenceFigures]) -> 
         for f in found
         for call in f.calls
     ]
-    result("\n" + table(("reference", "image", "GMACs published", "GMACs computed", "difference"), calls, left=2))
+    result("\n" + table(("reference", "image", "GMACs stated", "GMACs computed", "difference"), calls, left=2))
     for f in found:
         result(f"\n{f.reference.name}: {f.reference.title}\n  {f.reference.source}")
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nas.cli.console import Progress, closing, command_line, duration, note, result, result_json, resumable, table
+from nas.cli.names import name_list
 from nas.paths import find_study
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def search(
         steps=steps,
         guidance=guidance,
         decoder=decoder,
-        text_encoders=_names(text_encoders),
+        text_encoders=name_list(text_encoders),
         teacher=teacher,
         out=out,
         fresh=fresh,
@@ -86,13 +87,6 @@ def report(
     closing(wrote=page, following=f"open {page} in a browser", as_json=as_json)
 
 
-def _names(listed: str | None) -> tuple[str, ...] | None:
-    """The names of a list such as "clip-l,t5-xxl"; "none" is no name, and None is left to the space."""
-    if listed is None:
-        return None
-    return () if listed == "none" else tuple(name.strip() for name in listed.split(",") if name.strip())
-
-
 def _build_report(folder: Path) -> Path:
     from nas.report import build_report
 
@@ -104,7 +98,7 @@ def _print_preview(found: dict[str, Any], as_json: bool) -> None:
         result_json(found)
         return
     budget, pipeline = found["budget"], found["pipeline"]
-    result(f"space     {found['space']}, {found['space_size']:,} combinations")
+    result(f"space     {found['space']}, {found['space_size']:,} distinct candidates")
     result(f"target    {found['target']}")
     result(f"budget    {budget['text']}, which leaves {budget['step_budget_ms']:.0f} ms for one denoiser call")
     if not budget["per_step"]:

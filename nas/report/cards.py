@@ -182,7 +182,7 @@ def _record_facts(made: Mapping[str, Any]) -> list[tuple[str, object]]:
     return [
         ("study", made["name"]),
         ("space", f"{made['space']}, version {made['space_hash']}"),
-        ("combinations in the space", scaled(made.get("space_size"))),
+        ("candidates in the space", scaled(made.get("space_size"))),
         ("target", made["target"]),
         ("teacher", plain(made.get("teacher"))),
         ("seed", plain(made["seed"])),

@@ -116,6 +116,11 @@ class SearchSpace:
             for rule in self.rules
         }
 
+    @property
+    def starting(self) -> tuple[Reference, ...]:
+        """The references that a search begins with and shows beside its front."""
+        return tuple(reference for reference in self.references if reference.start is not False)
+
     def choice(self, name: str) -> Choice:
         """The choice `name`.
 

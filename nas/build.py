@@ -31,6 +31,23 @@ def build_block(spec: BlockSpec) -> nn.Module:
     return module
 
 
+def check(spec: NetworkSpec) -> None:
+    """Checks every block's settings as building would, and builds nothing.
+
+    Raises:
+        UsageError: unknown block kind.
+        NasError: a setting that the kind does not have, lacks, or cannot take; names the block.
+    """
+    for block in spec.blocks:
+        plugin = registry.load("nas.blocks", block.kind)
+        try:
+            plugin.Settings(**_checked(block, plugin.Settings))
+        except NasError as error:
+            if block.name in error.message:
+                raise
+            raise NasError(f"block {block.name!r}: {error.message}", hint=error.hint) from error
+
+
 def _checked(spec: BlockSpec, settings: type) -> dict[str, Scalar]:
     known = {field.name: field for field in fields(settings)}
     given = dict(spec.settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -98,6 +99,14 @@ def test_one_file_and_shards_are_the_same_network(folder, shards, theirs):
     assert torch.equal(output(one), output(many))
 
 
+def test_of_one_file_and_shards_those_are_read_that_diffusers_reads(shards, theirs):
+    stale = {name: torch.zeros_like(tensor) for name, tensor in theirs.state_dict().items()}
+    save_file(stale, shards / WEIGHTS)
+    wanted = UNet2DConditionModel.from_pretrained(shards).conv_in.weight
+    assert torch.equal(load_diffusers(shards).state_dict()["conv_in.weight"], wanted)
+    assert wanted.any()
+
+
 def test_half_precision_is_kept_or_converted(theirs, folder, tmp_path):
     half = tmp_path / "half"
     folder.rename(half)
@@ -182,6 +191,7 @@ def changed_weights(folder, change):
             lambda t: t.update({"conv_norm_out.weight": torch.zeros(3)}),
             rf"{WEIGHTS} has conv_norm_out.weight of shape \(3,\), where config.json makes \(16,\)",
         ),
+        (lambda t: t.update({"conv_out.bias": t["conv_out.bias"].int()}), f"{WEIGHTS} has conv_out.bias of type int32"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named_with_their_file(folder, change, message):
@@ -310,6 +320,46 @@ def test_a_folder_is_written_whole_or_not_at_all(folder, tmp_path, monkeypatch):
         save_diffusers(tmp_path / "other", ours)
     assert {file.name: file.read_bytes() for file in target.iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["net", "unet"]
+
+
+def test_what_stood_in_the_place_is_back_when_the_last_move_fails(folder, tmp_path, monkeypatch):
+    target = save_diffusers(tmp_path / "net", load_diffusers(folder))
+    before = {file.name: file.read_bytes() for file in target.iterdir()}
+    move, moves = os.replace, []
+
+    def fail_once(source, place):
+        if str(place) == str(target) and not moves:
+            moves.append(source)
+            raise OSError(39, "Directory not empty")
+        move(source, place)
+
+    monkeypatch.setattr(os, "replace", fail_once)
+    with pytest.raises(NasError, match=r"cannot write .*net: Directory not empty"):
+        save_diffusers(target, load_diffusers(folder))
+    assert {file.name: file.read_bytes() for file in target.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["net", "unet"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_to_a_folder_is_written_through(folder, tmp_path, there):
+    if there:
+        (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert save_diffusers(tmp_path / "link", load_diffusers(folder)) == tmp_path / "link"
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "config.json").is_file()
+
+
+def test_either_format_takes_the_place_of_the_other_and_of_nothing_else(space, folder, tmp_path):
+    plain, odd = (
+        load_diffusers(folder),
+        build(scaled(space.candidate(**{**dict(space.reference("snapgen").choices), "conv_1": "separable-1"}), TINY)),
+    )
+    for network, files in ((odd, [checkpoint.NETWORK]), (plain, ["config.json", WEIGHTS]), (odd, [checkpoint.NETWORK])):
+        assert sorted(file.name for file in save(tmp_path / "net", network).iterdir()) == files
+    (tmp_path / "net" / "diffusion_pytorch_model.bin").write_bytes(b"of somebody")
+    with pytest.raises(NasError, match=r"net holds diffusion_pytorch_model\.bin, which is not of a network"):
+        save(tmp_path / "net", plain)
 
 
 def test_a_folder_with_other_files_is_left_alone(folder, tmp_path):

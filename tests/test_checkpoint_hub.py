@@ -14,6 +14,7 @@ from nas.checkpoint import load_diffusers
 from nas.errors import NasError, UsageError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+FP16 = "diffusion_pytorch_model.fp16.safetensors"
 
 
 @pytest.fixture
@@ -66,14 +67,26 @@ def test_a_hub_id_is_fetched_configuration_first(hub, folder):
     with torch.no_grad():
         assert torch.equal(found(**given), load_diffusers(folder)(**given))
     assert hub[0][0] == ("config.json", "unet/config.json", "transformer/config.json")
-    assert hub[1] == (("unet/*.json", "unet/diffusion_pytorch_model*.safetensors"), ("*fp16*",))
+    assert hub[1] == (
+        ("unet/*.json", "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model-*.safetensors"),
+        ("unet/*fp16*",),
+    )
     assert len(hub) == 2
 
 
 def test_a_repository_with_nothing_but_the_variant(hub, folder):
-    (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.fp16.safetensors")
+    (folder / WEIGHTS).rename(folder / FP16)
     assert load_diffusers("owner/network").spec.blocks
-    assert [ignored for _, ignored in hub[1:]] == [("*fp16*",), ()]
+    assert [ignored for _, ignored in hub[1:]] == [("unet/*fp16*",), ()]
+
+
+@pytest.mark.parametrize(("variant", "kept"), [(None, WEIGHTS), ("", WEIGHTS), ("fp16", FP16)])
+def test_only_the_weights_that_are_wanted_are_fetched(hub, folder, tmp_path, variant, kept):
+    for name in (FP16, "diffusion_pytorch_model.non_ema.safetensors"):
+        shutil.copy(folder / WEIGHTS, folder / name)
+    assert load_diffusers("owner/network", variant=variant).spec.blocks
+    fetched = {file.name for file in (tmp_path / "cache" / "unet").iterdir()}
+    assert fetched == {"config.json", kept}
 
 
 def test_a_repository_without_a_network(hub, folder):

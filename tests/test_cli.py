@@ -92,9 +92,10 @@ def test_wrong_words_are_one_sentence_and_exit_2(capsys, arguments, sentence):
 
 
 def test_a_target_without_a_backend_cannot_be_measured(capsys):
-    code, _, err = run(capsys, "measure", "--target", "iphone")
-    assert code == 1
-    assert "names no backend" in err
+    for more in ([], ["--dry-run"]):
+        code, _, err = run(capsys, "measure", "--target", "iphone", *more)
+        assert code == 1
+        assert "names no backend" in err
 
 
 def test_a_hint_is_the_next_command(capsys):

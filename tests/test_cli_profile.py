@@ -206,3 +206,12 @@ def test_a_reference_stands_at_its_own_published_input():
 @pytest.mark.parametrize(("text", "names"), [(None, None), ("none", ()), ("clip-l", ("clip-l",)), ("a, b", ("a", "b"))])
 def test_lists_of_names(text, names):
     assert name_list(text) == names
+
+
+def test_the_next_command_names_a_space_as_it_must_be_typed(capsys, tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(load_space("decoder").path.read_text())
+    assert main(["spaces", "show", str(path)]) == 0
+    assert f"next: nas profile --space {path} --reference" in capsys.readouterr().out
+    assert main(["spaces", "show", "decoder"]) == 0
+    assert "next: nas profile --space decoder --reference" in capsys.readouterr().out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -144,6 +145,21 @@ def test_what_is_not_allowed_is_one_sentence(space: SearchSpace, tmp_path: Path)
     with pytest.raises(NasError, match="no small copy"):
         scaled(space.reference("taesd"), scale)
     assert decoder.NO_PROXY
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"out_channel": 4}, "unknown setting 'out_channel' .* did you mean 'out_channels'"),
+        ({"resnets_1": 1.5}, "resnets_1 must be a whole number of 1 or more, got 1.5"),
+        ({"width_0": "16"}, "width_0 must be a whole number of 1 or more, got '16'"),
+        ({"expansion": 0}, "expansion must be a whole number of 1 or more, got 0"),
+        ({"post_quant_conv": "no"}, "post_quant_conv must be true or false"),
+    ],
+)
+def test_a_setting_that_no_decoder_has_is_refused(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        network_of("decoder", BASE | {"style": "separable", "expansion": 2} | change, SHAPE, name="x")
 
 
 def test_a_network_survives_json(space: SearchSpace) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from nas import families
 from nas.build import build_block
-from nas.edit import check_wiring
+from nas.edit import RemoveBlock, RemoveUnit, check_wiring, edited
 from nas.edit.wiring import KNOWN, gives
 from nas.errors import NasError
 from nas.network import InputShape, NetworkSpec, block
@@ -115,3 +115,19 @@ def test_an_unknown_kind_gives_what_the_next_block_takes():
     second = replace(resnet((9, 4, 4)), name="second")
     with pytest.raises(NasError, match="'second' takes x"):
         check_wiring(toy(stem(), odd, resnet((16, 4, 4)), second))
+
+
+def test_stages_keep_their_numbers_when_one_has_no_step_left_on_the_way_down():
+    sd15 = families.network(load_space("sd_unet").reference("sd-v1.5"))
+    spec = edited(sd15, [RemoveBlock(block=f"down_blocks.3.resnets.{unit}") for unit in (0, 1)]).spec
+    after = RemoveUnit(stage=1, unit=1).apply(spec)
+    gone = {b.name for b in spec.blocks} - {b.name for b in after.blocks}
+    lost = {
+        "down_blocks.1.resnets.1",
+        "down_blocks.1.attentions.1",
+        "up_blocks.2.resnets.2",
+        "up_blocks.2.attentions.2",
+    }
+    assert gone == lost
+    with pytest.raises(NasError, match=r"no block 'down_blocks\.3\.resnets\.0' to remove"):
+        RemoveUnit(stage=3, unit=0).apply(spec)

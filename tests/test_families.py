@@ -258,7 +258,16 @@ def _other(space: SearchSpace, folder: Path, edit: Callable[[str], str]) -> Sear
         ("norm_groups = 32", 'norm_groups = 32\nmid = "half"', "mid must be full, residual or none, got 'half'"),
         ("norm_groups = 32", "norm_groups = 32\nattention_1 = true", "depth_1 must be 1 or more where attention_1 is"),
         ('positions = ["none", ', 'positions = ["ropes", ', "positions must be none or rope, got 'ropes'"),
-        ("resnets_1 = [1, ", "resnets_1 = [0, ", "resnets_1 must be 1 or more, got 0"),
+        ("resnets_1 = [1, ", "resnets_1 = [0, ", "resnets_1 must be a whole number of 1 or more, got 0"),
+        ("resnets_1 = [1, ", "resnets_1 = [1.5, ", "resnets_1 must be a whole number of 1 or more, got 1.5"),
+        (
+            "norm_groups = 32",
+            "norm_groups = 32\nmid_depth = -1",
+            "mid_depth must be a whole number of 0 or more, got -1",
+        ),
+        ("norm_groups = 32", 'norm_groups = 32\nattention_1 = "no"', "attention_1 must be true or false, got 'no'"),
+        ("norm_groups = 32", "norm_groups = 32\nnorm_eps = 0", "norm_eps must be a number above 0, got 0"),
+        ("[choices]", "[choices]\nnorm_eps = [1e-6, 1e-5]", "norm_eps must be in .fixed., because all networks share"),
         ('conv_0 = ["full", ', 'conv_0 = ["fulll", ', "conv_0 must be full, separable-1 or separable-2, got 'fulll'"),
         ('conv_0 = ["full", ', 'conv_0 = ["separable-3", ', "conv_0 must be .* got 'separable-3'"),
         ("width_0 = [128", "width_0 = [100", "width 100 divided by 1 must be a multiple of the head width 64"),
@@ -268,8 +277,9 @@ def _other(space: SearchSpace, folder: Path, edit: Callable[[str], str]) -> Sear
 def test_a_space_that_the_family_cannot_build_is_one_sentence(
     space: SearchSpace, tmp_path: Path, old: str, new: str, words: str
 ):
-    with pytest.raises(NasError, match=words):
+    with pytest.raises(UsageError, match=words) as caught:
         network(_first(_other(space, tmp_path, lambda text: text.replace(old, new))))
+    assert str(tmp_path / "other.toml") in caught.value.message
 
 
 def _first(space: SearchSpace) -> Candidate:

@@ -165,6 +165,8 @@ def test_a_class_that_is_missing_or_unknown():
         read({"in_channels": 4})
     with pytest.raises(UsageError, match=r"unknown '_class_name' 'UNet3DConditionModel' in unet/config\.json; did you"):
         read({"_class_name": "UNet3DConditionModel"})
+    with pytest.raises(UsageError, match=r"unknown '_class_name' '\[\]' in unet/config\.json"):
+        read({"_class_name": []})
 
 
 def test_a_configuration_is_found_in_a_file_a_folder_and_a_pipeline(tmp_path):

@@ -83,6 +83,8 @@ def unet(**changes) -> NetworkSpec:
         ({"norm_num_groups": None}, "norm_num_groups = None"),
         ({"use_linear_projection": 1}, "use_linear_projection = 1 .* true or false"),
         ({"center_input_sample": 0}, "center_input_sample = 0 .* must be false"),
+        ({"down_block_types": [["DownBlock2D"], "DownBlock2D"]}, r"down_block_types has \['DownBlock2D'\]"),
+        ({"norm_eps": float("nan")}, "norm_eps = nan is not supported; it must be a number above 0"),
     ],
 )
 def test_what_our_blocks_do_not_have_is_refused_by_name(changes, message):

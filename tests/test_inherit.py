@@ -13,6 +13,7 @@ from nas import formats
 from nas.build import build
 from nas.checkpoint import load, save_network
 from nas.cli import main
+from nas.edit import RemoveBlock, edited
 from nas.errors import NasError, UsageError
 from nas.families import network_of
 from nas.formats import dreamlite_unet, pixart, unet2d_condition
@@ -185,6 +186,26 @@ def test_shared_key_heads_start_from_the_leading_ones():
 
 
 @pytest.mark.parametrize("widths", ["first", "l1"])
+@pytest.mark.parametrize(
+    ("theirs", "width", "ours", "kept"),
+    [
+        ("gqa", 32, "gqa", [0, 1]),
+        ("gqa", 32, "mha", [0, 0, 1, 1]),
+        ("gqa", 64, "mqa", [0]),
+        ("mha", 64, "gqa", [0, 2, 4, 6]),
+    ],
+)
+def test_a_key_head_is_that_of_its_first_query_head(theirs, width, ours, kept, widths):
+    large, small = settings(width_1=64, attention=theirs), settings(width_1=width, attention=ours)
+    teacher = weights(large)
+    state, _ = inherit(small, large, teacher, widths=widths)
+    name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_{}.weight"
+    heads = teacher[name.format("k")].unflatten(0, (-1, 8))
+    assert torch.equal(state[name.format("k")].unflatten(0, (-1, 8)), heads[kept])
+    assert state[name.format("q")].shape == (width, width)
+
+
+@pytest.mark.parametrize("widths", ["first", "l1"])
 def test_a_smaller_feed_forward_keeps_its_tokens(widths):
     large, small = settings(ffn_ratio=4), settings(ffn_ratio=2)
     teacher = weights(large)
@@ -210,6 +231,24 @@ def test_text_of_another_encoder_and_more_latent_channels_are_new():
     assert report.new_blocks == ()  # its bias was inherited
     assert state["conv_in.weight"].shape[1] == 9
     assert new_tensors(unet(XL), unet({**XL, "addition_embed_type": None})) == {"add_embedding"}
+
+
+def test_added_conditions_are_matched_part_by_part():
+    # As many features, of other meaning: 10 of text and 6 sizes, or 14 of text and 5 sizes.
+    six, five = (unet2d_condition.network(XL, text_tokens=5, size_ids=n, where="here") for n in (6, 5))
+    state, report = inherit(five, six, weights(six))
+    assert state["add_embedding.linear_1.weight"].shape == weights(six)["add_embedding.linear_1.weight"].shape
+    assert (report.tensors("new"), report.tensors("copied")) == (1, len(state) - 1)
+
+
+def test_a_network_whose_lowest_stage_lost_every_step_on_the_way_down_inherits():
+    large = unet(SD)
+    gone = [RemoveBlock(block=f"down_blocks.3.resnets.{unit}") for unit in (0, 1)]
+    small = edited(large, gone).spec
+    teacher = weights(large)
+    state, report = inherit(small, large, teacher, widths="l1")
+    assert all(torch.equal(tensor, teacher[name]) for name, tensor in state.items())
+    assert report.tensors("copied") == len(state)
 
 
 def test_linear_and_convolutional_projections_are_the_same_weights():

@@ -69,6 +69,14 @@ def test_a_size_that_is_no_number_is_an_error(edited):
         figures(space, "taesd")
 
 
+def test_a_size_that_the_family_cannot_take_names_file_and_reference(edited):
+    space = edited('gmacs = { "512" = 70.675', 'gmacs = { "100" = 70.675')
+    with pytest.raises(UsageError) as caught:
+        figures(space, "taesd")
+    assert caught.value.message.startswith(f"{space.path}: reference 'taesd': gmacs is given at a size, where ")
+    assert "resolution 100 px" in caught.value.message
+
+
 def test_an_unknown_reference_offers_the_nearest():
     with pytest.raises(UsageError, match="did you mean 'taesd'"):
         figures(load_space("decoder"), "taes")

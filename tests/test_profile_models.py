@@ -82,6 +82,10 @@ def test_a_file_of_ours_is_its_candidate_at_any_size(tmp_path):
         ("bad.json", {"_class_name": "UNet2DModle"}, UsageError, "unknown '_class_name' 'UNet2DModle' in .*bad.json"),
         ("bad.json", KOALA | {"layers_per_blok": 1}, UsageError, "'layers_per_blok' in .*bad.json; did you mean"),
         ("bad.json", KOALA | {"layers_per_block": "x"}, UsageError, "bad.json: layers_per_block = 'x'"),
+        ("bad.json", KOALA | {"sample_size": 65}, UsageError, "bad.json: a 65x65 latent cannot be halved"),
+        ("bad.json", KOALA | {"norm_num_groups": 7}, UsageError, "bad.json: width 320 .* multiple of 7 norm groups"),
+        ("bad.json", VAE | {"norm_num_groups": 7}, UsageError, "bad.json: block 'mid_block.* norm_groups = 7"),
+        ("bad.json", "[" * 100_000, UsageError, "bad.json is not JSON"),
         ("bad.safetensors", "nope", NasError, "bad.safetensors"),
     ],
 )

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nas.blocks import check
+from nas.blocks.transformer import GEGLU
 
 FFN_KINDS = ("gelu", "geglu")
 NORM_EPS = 1e-6  # diffusers: every LayerNorm of PixArtTransformer2DModel and JointTransformerBlock
@@ -23,26 +24,13 @@ class _Gelu(nn.Module):
         return F.gelu(self.proj(tokens), approximate="tanh")
 
 
-class _Geglu(nn.Module):
-    """Linear to twice the width; one half gates the other through GELU (Shazeer 2020, arXiv 2002.05202, eq. 6)."""
-
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(width, 2 * inner)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Map `[B, L, C]` to `[B, L, inner]`."""
-        hidden, gate = self.proj(tokens).chunk(2, dim=-1)
-        return hidden * F.gelu(gate)
-
-
 class FeedForward(nn.Module):
     """Activation and a linear layer back; position 1 of `net` is where diffusers keeps its dropout."""
 
     def __init__(self, width: int, ratio: float, kind: str) -> None:
         super().__init__()
         inner = int(width * ratio)
-        first = _Gelu(width, inner) if kind == "gelu" else _Geglu(width, inner)
+        first = _Gelu(width, inner) if kind == "gelu" else GEGLU(width, inner)
         self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(inner, width)])
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 
 from nas import formats
 from nas.build import Network
-from nas.checkpoint.diffusers import load_diffusers, save_diffusers, write_folder
+from nas.checkpoint.diffusers import check_folder, load_diffusers, save_diffusers, write_folder
+from nas.checkpoint.files import NETWORK
 from nas.checkpoint.own import load_network, load_state, read_metadata, save_network
 
 __all__ = [
     "NETWORK",
+    "check_folder",
     "load",
     "load_diffusers",
     "load_network",
@@ -24,8 +26,6 @@ __all__ = [
     "save_diffusers",
     "save_network",
 ]
-
-NETWORK: Final = "network.safetensors"  # of ours in a folder, such as a training run's
 
 
 def load(
@@ -81,4 +81,4 @@ def save(path: str | Path, network: Network, metadata: Mapping[str, Any] | None 
     def write(folder: Path) -> None:
         save_network(folder / NETWORK, network, metadata)
 
-    return write_folder(target, write, lambda name: name == NETWORK)
+    return write_folder(target, write)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nas import formats
 from nas.build import Network, build
-from nas.checkpoint.files import WEIGHTS, Tensors, read_folder, write_file
+from nas.checkpoint.files import NETWORK, WEIGHTS, Tensors, read_folder, write_file
 from nas.checkpoint.hub import find_folder
 from nas.errors import NasError
 
@@ -88,6 +88,10 @@ def _fitted(network: Network, tensors: Tensors, module: ModuleType) -> dict[str,
             problems.append(
                 f"{place} has {name} of shape {tuple(tensor.shape)}, where config.json makes {tuple(wanted[own].shape)}"
             )
+        elif not tensor.is_floating_point():
+            problems.append(
+                f"{place} has {name} of type {str(tensor.dtype).removeprefix('torch.')}, not floating-point"
+            )
         state[own] = tensor
     problems = [f"it lacks {module.their_name(own)}" for own in wanted if own not in state] + problems
     if problems:
@@ -104,7 +108,7 @@ def save_diffusers(
     The folder appears whole or not at all.
 
     Args:
-        folder: new, empty, or one that this function wrote before.
+        folder: new, empty, or holding only a network's files, which are replaced.
         network: any whose class can hold it; its weights are written in their own precision.
         class_name: the class; the first that can hold the network if None.
         max_shard_bytes: weights larger than this become several files with an index.
@@ -126,7 +130,7 @@ def save_diffusers(
         (target / formats.CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         _write_weights(target, state, max_shard_bytes)
 
-    return write_folder(Path(folder), write, lambda name: name == formats.CONFIG or name.startswith(WEIGHTS))
+    return write_folder(Path(folder), write)
 
 
 def _write_weights(folder: Path, state: Mapping[str, Tensor], max_shard_bytes: int) -> None:
@@ -142,34 +146,67 @@ def _write_weights(folder: Path, state: Mapping[str, Tensor], max_shard_bytes: i
         (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def write_folder(folder: Path, write: Callable[[Path], None], ours: Callable[[str], bool]) -> Path:
+def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
     """Makes a folder whole or not at all: `write` fills a sibling, which then takes its place.
 
+    A process killed between the two moves of a replacement leaves no folder, but both beside its place, under hidden
+    names.
+
     Args:
-        folder: new, empty, or holding only files that may be replaced.
+        folder: new, empty, or holding only a network's files, which are replaced; where it is a link, what it leads to.
         write: puts the files into the folder that it is given.
-        ours: whether a file of that name may be replaced.
 
     Raises:
         NasError: the folder holds something else, or the system refuses.
     """
+    place = folder.resolve()  # a folder cannot take the place of a link
+    check_folder(folder)
     try:
-        strangers = sorted(path.name for path in folder.iterdir() if not ours(path.name)) if folder.exists() else []
-        if strangers:
-            raise NasError(
-                f"{folder} holds {strangers[0]}, which is not of a network", hint="choose a new folder with --out"
-            )
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _sibling(folder) as fresh:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with _sibling(place) as fresh:
             write(fresh)
             fresh.chmod(0o755)
-            with _sibling(folder) as old:
-                if folder.exists():
-                    os.replace(folder, old)
-                os.replace(fresh, folder)
+            _put(fresh, place)
     except OSError as error:
         raise NasError(f"cannot write {folder}: {error.strerror or error}", hint="choose another with --out") from error
     return folder
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses a folder that `write_folder` would not replace, for commands that have long work to do before.
+
+    Raises:
+        NasError: it holds something else than a network's files, or is none.
+    """
+    try:
+        found = folder.resolve()
+        strangers = sorted(path.name for path in found.iterdir() if not _is_ours(path.name)) if found.exists() else []
+    except OSError as error:
+        raise NasError(f"cannot write {folder}: {error.strerror or error}", hint="choose another with --out") from error
+    if strangers:
+        raise NasError(
+            f"{folder} holds {strangers[0]}, which is not of a network", hint="choose a new folder with --out"
+        )
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a file is of a network as `save` writes it, in either format."""
+    weights = name.startswith(WEIGHTS) and name.endswith((".safetensors", ".json"))
+    return weights or name in (formats.CONFIG, NETWORK)
+
+
+def _put(fresh: Path, place: Path) -> None:
+    """Moves a folder to a place; what stood there is gone afterwards, and is back if the move fails."""
+    with _sibling(place) as old:
+        stood = place.exists()
+        if stood:
+            os.replace(place, old)
+        try:
+            os.replace(fresh, place)
+        except OSError:
+            if stood:
+                os.replace(old, place)
+            raise
 
 
 @contextmanager

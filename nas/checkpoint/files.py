@@ -17,8 +17,9 @@ from torch import Tensor
 from nas.errors import NasError
 
 WEIGHTS: Final = "diffusion_pytorch_model"
+NETWORK: Final = "network.safetensors"  # of our own format in a folder, such as a training run's
 _INDEX: Final = ".safetensors.index"
-_VARIANT: Final = "fp16"
+VARIANT: Final = "fp16"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,12 +111,12 @@ def read_folder(folder: Path, dtype: torch.dtype | None = None, variant: str | N
 
 
 def find_weights(folder: Path, variant: str | None = None) -> Path | None:
-    """The weights file of a folder, or the index of its shards; None where there is neither."""
+    """The index of a folder's shards, or else its one weights file, as diffusers looks; None where there is neither."""
     names = []
     if variant in (None, ""):
-        names += [f"{WEIGHTS}.safetensors", f"{WEIGHTS}{_INDEX}.json"]
-    if variant in (None, _VARIANT):
-        names += [f"{WEIGHTS}.{_VARIANT}.safetensors", f"{WEIGHTS}{_INDEX}.{_VARIANT}.json"]
+        names += [f"{WEIGHTS}{_INDEX}.json", f"{WEIGHTS}.safetensors"]
+    if variant in (None, VARIANT):
+        names += [f"{WEIGHTS}{_INDEX}.{VARIANT}.json", f"{WEIGHTS}.{VARIANT}.safetensors"]
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Final
 
-from nas.checkpoint.files import WEIGHTS, find_weights
+from nas.checkpoint.files import VARIANT, WEIGHTS, find_weights
 from nas.errors import NasError, UsageError
 from nas.formats import CONFIG, DENOISERS, config_file
 
@@ -46,11 +46,12 @@ def _fetch(repository: str, subfolder: str | None, variant: str | None) -> Path:
         looked = ", ".join(f"{place}{CONFIG}" for place in places)
         raise NasError(f"the hub repository {repository} has none of {looked}", hint=_HINT) from error
     place = "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
-    # The plain weights unless the variant is asked for or is all that there is.
-    for wanted, ignored in (("", "*fp16*"), ("fp16", None)):
+    # The plain weights unless the variant is asked for or is all that there is; never both, and no training copies
+    # ("diffusion_pytorch_model.non_ema.safetensors" of Stable Diffusion 1.5).
+    plain, half = (".safetensors", "-*.safetensors"), (f"*{VARIANT}*.safetensors",)
+    for wanted, ends, ignored in (("", plain, [f"{place}*{VARIANT}*"]), (VARIANT, half, None)):
         if variant in (None, wanted):
-            patterns = [f"{place}*.json", f"{place}{WEIGHTS}*.safetensors"]
-            root = _snapshot(repository, patterns, [ignored] if ignored else None)
+            root = _snapshot(repository, [f"{place}*.json", *(f"{place}{WEIGHTS}{end}" for end in ends)], ignored)
             folder = root / place
             if find_weights(folder, wanted) is not None:
                 break

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nas.cli.console import cell, closing, result, result_json, table
+from nas.cli.names import after_space
 from nas.errors import NasError
 
 if TYPE_CHECKING:
@@ -74,10 +75,7 @@ def show_space(
     for source in space.sources:
         result(f"  {source}")
     result(f"file {space.path}")
-    if space.pipeline is None:
-        closing(following=f"nas profile --space {space.name}")
-    else:
-        closing(following=f"nas search --space {space.name} --budget 1.4s@iphone")
+    closing(following=after_space(space))
 
 
 def _figures(space: SearchSpace, progress: Callable[[str, int, int, str], None]) -> list[ReferenceFigures]:

@@ -148,7 +148,8 @@ def sample(
 
 def export(
     subject: Annotated[
-        str | None, typer.Argument(help="STUDY#CANDIDATE, or a .safetensors file that nas train wrote.")
+        str | None,
+        typer.Argument(help="STUDY#CANDIDATE, a .safetensors file of nas, or a folder of nas inherit or diffusers."),
     ] = None,
     space: Annotated[
         str | None, typer.Option(help="Instead of a study: a space, with --reference or --candidate.")
@@ -213,11 +214,16 @@ def _network(
     """The network to export and a name for its file."""
     if (subject is None) == (space is None):
         raise UsageError("nas export needs either STUDY#CANDIDATE (or a weights file) or --space, and not both")
-    if subject is not None and subject.endswith(".safetensors"):
-        from nas.checkpoint import load_network
+    if subject is not None and (subject.endswith(".safetensors") or _is_network(Path(subject))):
+        from nas.checkpoint import load
 
-        return load_network(subject), Path(subject).stem
+        return load(subject), Path(subject).stem
     return _untrained(chosen(subject, space, reference, choices, resolution)[0], seed)
+
+
+def _is_network(folder: Path) -> bool:
+    """Whether a folder holds weights as `nas inherit` writes them, or diffusers."""
+    return any((folder / name).is_file() for name in ("config.json", "network.safetensors"))
 
 
 def _untrained(candidate: Candidate, seed: int) -> tuple[Network, str]:

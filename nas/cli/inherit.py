@@ -9,6 +9,7 @@ import typer
 
 from nas.cli.console import Progress, closing, result, result_json, table
 from nas.cli.names import chosen
+from nas.errors import NasError, unknown
 
 if TYPE_CHECKING:
     from nas.inherit import Report
@@ -36,7 +37,8 @@ def inherit(
     """Start a network from a larger one's weights. Written as a plain diffusers class where one can hold it."""
     from nas import families
     from nas.build import build
-    from nas.checkpoint import load, save
+    from nas.checkpoint import NETWORK, check_folder, load, save
+    from nas.inherit import WIDTHS
     from nas.inherit import inherit as start
     from nas.paths import writable_dir
 
@@ -44,11 +46,20 @@ def inherit(
     spec = families.network(student)
     target = out if out is not None else RUNS / f"{student.space.name}-{name}-inherited"
     writable_dir(target.parent)
+    if target.suffix != ".safetensors":
+        check_folder(target)
+    if widths not in WIDTHS:
+        raise unknown("way to choose channels", widths, WIDTHS)
     with Progress("inherit") as progress:
         progress("teacher", 0, 1, teacher)
         larger = load(teacher)
         progress("inherit", 0, 1, f"{name} from {larger.spec.name}")
         state, report = start(spec, larger.spec, larger.state_dict(), widths=widths, seed=seed)
+        if not report.params("copied") and not report.params("sliced"):
+            raise NasError(
+                f"no tensor of {teacher} fits a block of {name}, so nothing could be inherited",
+                hint="give a teacher of the same family, such as a larger network of the space",
+            )
         network = build(spec, "meta")
         network.load_state_dict(state, assign=True)
         progress("write", 0, 1, str(target))
@@ -60,7 +71,8 @@ def inherit(
     else:
         result(report_text(report))
         result(f"saved as {form}")
-    following = f"nas profile --model {wrote}" if form != "nas" else f"nas export {wrote / 'network.safetensors'}"
+    own = wrote if wrote.is_file() else wrote / NETWORK
+    following = f"nas profile --model {wrote}" if form != "nas" else f"nas export {own}"
     closing(wrote=wrote, following=following, as_json=as_json)
 
 

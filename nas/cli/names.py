@@ -65,6 +65,24 @@ def published(space: str, reference: str, resolution: int | None = None) -> Cand
     return found if resolution is None else found.space.at_resolution(resolution).candidate(**found.choices)
 
 
+def typed_space(space: SearchSpace) -> str:
+    """What --space must be given to mean this space: the name of one of ours, or the path of the user's own file."""
+    from nas.space import list_spaces, load_space
+
+    ours = space.name in list_spaces() and load_space(space.name).path == space.path
+    return space.name if ours else str(space.path)
+
+
+def after_space(space: SearchSpace) -> str:
+    """The command to run after looking at a space: a search where it has a pipeline to budget, else a profile."""
+    if space.pipeline is None:
+        first = f" --reference {space.references[0].name}" if space.references else ""
+        return f"nas profile --space {typed_space(space)}{first}"
+    # A guess at what such a pipeline can meet; the search itself says what it cannot.
+    budget = "1.4s" if space.pipeline.calls <= 8 else "20s"
+    return f"nas search --space {typed_space(space)} --budget {budget}@iphone --dry-run"
+
+
 def name_list(text: str | None) -> tuple[str, ...] | None:
     """The names in "clip-l,t5-xxl"; "none" is an empty list, and None stays None."""
     if text is None:

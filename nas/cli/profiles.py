@@ -11,7 +11,7 @@ import typer
 
 from nas.cli import profile_text
 from nas.cli.console import Progress, closing, command_line, result_json, resumable
-from nas.cli.names import REPORTS, chosen, name_list, published, sized_space
+from nas.cli.names import REPORTS, after_space, chosen, name_list, published, sized_space, typed_space
 from nas.errors import UsageError, unknown
 from nas.paths import writable_dir
 
@@ -175,7 +175,7 @@ def _one(asked: _Asked, changes: Mapping[str, Any]) -> None:
     result_json(found.to_json()) if asked.as_json else profile_text.print_profile(found)
     following = f"nas export {asked.names[0]}" if asked.names else "nas spaces"
     if subject.point is not None and not asked.names:
-        following = f"nas profile --space {subject.point.candidate.space.name}"
+        following = f"nas profile --space {typed_space(subject.point.candidate.space)}"
     closing(wrote=page, following=following, as_json=asked.as_json)
 
 
@@ -215,7 +215,7 @@ def _whole_space(asked: _Asked, changes: Mapping[str, Any], samples: int, seed: 
         spread = profiling.profile_space(whole, predictor, precision=precision, n=samples, seed=seed, progress=progress)
         profiling.space_page(spread, page)
     result_json(spread.to_json()) if asked.as_json else profile_text.print_space(spread)
-    closing(wrote=page, following=f"nas search --space {whole.name} --budget 1.4s@iphone", as_json=asked.as_json)
+    closing(wrote=page, following=after_space(whole), as_json=asked.as_json)
 
 
 def _named(name: str, space: str | None, resolution: int | None) -> Subject:

@@ -14,9 +14,10 @@ from typing import Any
 from nas.cost import Cost
 from nas.edit.edited import Edit, Edited
 from nas.edit.steps import AddBlock, RemoveBlock, SetDepth, is_step
-from nas.edit.unet import RemoveInnermost, RemoveMiddle, RemoveUnit, sides, stages, units
+from nas.edit.unet import RemoveInnermost, RemoveMiddle, RemoveUnit, sides, units
 from nas.edit.wiring import check_wiring
 from nas.errors import NasError, unknown
+from nas.families.unet import stage_count
 from nas.network import NetworkSpec
 
 __all__ = [
@@ -132,7 +133,7 @@ def _thinkable(spec: NetworkSpec) -> Iterator[Edit]:
             yield SetDepth(block=block.name, depth=depth + 1)
             if depth > 1:
                 yield SetDepth(block=block.name, depth=depth - 1)
-    for stage in range(stages(spec)):
+    for stage in range(stage_count(spec)):
         down, up = sides(spec, stage)
         yield from (
             RemoveUnit(stage=stage, unit=unit, up_unit=other) for unit in units(spec, down) for other in units(spec, up)

@@ -13,15 +13,11 @@ from typing import ClassVar
 from nas.edit.edited import Edit, Edited, rebuilt
 from nas.edit.steps import RemoveBlock
 from nas.errors import NasError
+from nas.families.unet import stage_count
 from nas.network import NetworkSpec
 
 MIDDLE = "mid_block."
 _PARTS = ("resnets", "attentions")
-
-
-def stages(spec: NetworkSpec) -> int:
-    """How many stages a network of the family `unet` has; 0 for another network."""
-    return len({block.name.split(".")[1] for block in spec.blocks if block.name.startswith("down_blocks.")})
 
 
 def units(spec: NetworkSpec, side: str) -> list[int]:
@@ -36,7 +32,7 @@ def sides(spec: NetworkSpec, stage: int) -> tuple[str, str]:
     Raises:
         NasError: the network has no such stage.
     """
-    count = stages(spec)
+    count = stage_count(spec)
     if not 0 <= stage < count:
         raise NasError(f"network {spec.name} has {count} UNet stages, so none numbered {stage}")
     return f"down_blocks.{stage}", f"up_blocks.{count - 1 - stage}"
@@ -141,7 +137,7 @@ class RemoveInnermost(Edit):
 
     def edited(self, spec: NetworkSpec) -> Edited:
         """The network without the stage."""
-        count = stages(spec)
+        count = stage_count(spec)
         if count < 2:
             raise NasError(f"network {spec.name} has {count} UNet stages, so none can be removed")
         if middle := [block.name for block in spec.blocks if block.name.startswith(MIDDLE)]:

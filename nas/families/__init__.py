@@ -7,11 +7,13 @@ space, where a setting may be a choice; a published configuration, where all are
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from nas import registry
-from nas.errors import UsageError
+from nas.errors import NasError, UsageError, unknown
 from nas.network import BlockSpec, InputShape, NetworkSpec, Position, Scalar, Scale
 from nas.space import Candidate, SearchSpace
 
@@ -53,6 +55,32 @@ class Values:
         """The largest value that a setting can take."""
         return max(int(value) for value in self.all(name))
 
+    def check_names(self, family: str, known: Iterable[str]) -> None:
+        """Refuses a name that the family does not read: a misspelt setting would leave its default in force.
+
+        Args:
+            family: for the error.
+            known: the names; "width_#" stands for `width_0`, `width_1`, ... `downscale` is every space's own.
+
+        Raises:
+            UsageError: another name.
+        """
+        allowed = {"downscale", *known}
+        for name in (*self.choices, *self.fixed):
+            if re.sub(r"_\d+(?=_|$)", "_#", name) not in allowed:
+                words = sorted(word.replace("#", "0") for word in allowed)
+                raise unknown("setting", name, words, where=f"{self.where} (family {family})")
+
+    def check_whole(self, name: str, least: int = 1) -> None:
+        """Refuses a setting with a value that is no whole number, or a smaller one.
+
+        Raises:
+            UsageError: names it.
+        """
+        for value in self.all(name):
+            if type(value) is not int or value < least:
+                raise UsageError(f"{self.where}: {name} must be a whole number of {least} or more, got {value!r}")
+
     def count(self, name: str) -> int:
         """A setting that every network shares, as a whole number above 0.
 
@@ -71,15 +99,23 @@ def positions(space: SearchSpace) -> tuple[Position, ...]:
     """The positions of the space's networks in execution order (see `nas.network.Position`).
 
     Raises:
-        UsageError: the family is unknown, or the space lacks a setting that it needs.
+        UsageError: the family is unknown, or the space lacks a setting that it needs or gives it one that it cannot
+            take; names the file.
     """
-    return _positions(space.family, values_of(space), space.input.shape)
+    with _naming(str(space.path)):
+        return _positions(space.family, values_of(space), space.input.shape)
 
 
 def network(candidate: Candidate) -> NetworkSpec:
-    """The candidate's network: the concatenation of its positions' blocks."""
+    """The candidate's network: the concatenation of its positions' blocks.
+
+    Raises:
+        UsageError: as of `positions`, or values that do not go together; names the file.
+    """
     found = positions(candidate.space)
-    return NetworkSpec(name=str(candidate), input=candidate.space.input.shape, blocks=_blocks(found, candidate.values))
+    with _naming(str(candidate.space.path)):
+        blocks = _blocks(found, candidate.values)
+    return NetworkSpec(name=str(candidate), input=candidate.space.input.shape, blocks=blocks)
 
 
 def scaled(candidate: Candidate, scale: Scale) -> NetworkSpec:
@@ -100,16 +136,28 @@ def network_of(
     """One network of a family by settings that are all fixed, such as those read from a published configuration.
 
     Raises:
-        UsageError: unknown family, or a setting missing or out of range.
+        UsageError: unknown family, or a setting missing or out of range; names `where`, or the network.
     """
-    found = _positions(family, Values(choices={}, fixed=settings, where=where or name), shape)
-    return NetworkSpec(name=name, input=shape, blocks=_blocks(found, {}))
+    place = where or name
+    with _naming(place):
+        blocks = _blocks(_positions(family, Values(choices={}, fixed=settings, where=place), shape), {})
+    return NetworkSpec(name=name, input=shape, blocks=blocks)
 
 
 def values_of(space: SearchSpace) -> Values:
     """A space's choices and fixed settings."""
     choices = {choice.name: choice.values for choice in space.choices}
     return Values(choices=choices, fixed=space.fixed, where=str(space.path))
+
+
+@contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """Makes a family's refusal one of the file whose settings it read, and names that file where it does not yet."""
+    try:
+        yield
+    except NasError as error:
+        message = error.message if where in error.message else f"{where}: {error.message}"
+        raise UsageError(message, hint=error.hint) from error
 
 
 def _positions(family: str, values: Values, shape: InputShape, scale: Scale | None = None) -> tuple[Position, ...]:

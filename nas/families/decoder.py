@@ -27,6 +27,17 @@ from nas.network import BlockSpec, InputShape, Position, Scalar, Scale, block
 
 STYLES = ("vae", "taesd", "separable")
 MIDS = ("attention", "residual", "none")
+_NAMES = (
+    "style",
+    "mid",
+    "expansion",
+    "stages",
+    "norm_groups",
+    "out_channels",
+    "post_quant_conv",
+    "width_#",
+    "resnets_#",
+)
 NO_PROXY = "a decoder has no small copy, so there is no proxy for its quality"
 NORM_EPS = 1e-6  # of diffusers' image decoders
 _Chosen = Mapping[str, Scalar]
@@ -42,6 +53,7 @@ def positions(values: Values, shape: InputShape, scale: Scale | None = None) -> 
     if scale is not None:
         raise NasError(NO_PROXY)
     builder = _Builder(values=values, shape=shape)
+    builder.check()
     for name, allowed in (("style", STYLES), ("mid", MIDS)):
         for value in values.all(name) if name == "style" or builder.may_be("vae", "separable") else ():
             if value not in allowed:
@@ -71,6 +83,20 @@ class _Builder:
     def may_be(self, *styles: str) -> bool:
         """Whether some network of the space has one of these styles."""
         return any(style in self.values.all("style") for style in styles)
+
+    def check(self) -> None:
+        """Refuses settings that no decoder can have.
+
+        Raises:
+            UsageError: a name that is not read here, or a value of another type or out of range.
+        """
+        values = self.values
+        values.check_names("decoder", _NAMES)
+        sizes = [f"{name}_{s}" for s in range(self.stages) for name in ("width", "resnets")]
+        for name in (*sizes, *self._expansion()):
+            values.check_whole(name)
+        if "post_quant_conv" in values.choices or not isinstance(values.fixed.get("post_quant_conv", False), bool):
+            raise UsageError(f"{values.where}: post_quant_conv must be true or false, in [fixed]")
 
     def positions(self) -> Iterator[Position]:
         """All positions in execution order."""

@@ -49,9 +49,9 @@ def find(class_name: object, where: str) -> ModuleType:
     known = classes()
     if class_name is None:
         raise UsageError(f"{where} has no '_class_name'; classes that can be read: {', '.join(sorted(known))}")
-    if class_name not in known:
+    if not isinstance(class_name, str) or class_name not in known:
         raise unknown("'_class_name'", class_name, known, where=where)
-    return known[str(class_name)]
+    return known[class_name]
 
 
 def config_file(path: str | Path, subfolder: str | None = None) -> Path:
@@ -89,7 +89,7 @@ def read_config(path: str | Path, subfolder: str | None = None) -> tuple[dict[st
         config = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise NasError(f"{file} cannot be read: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{file} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise UsageError(f"{file} must hold a JSON object, got a {type(config).__name__}")

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from nas.errors import UsageError
+from nas.families.unet import stage_count
 from nas.formats._reading import Reading, is_whole, latent_size
 from nas.network import BlockSpec, InputShape, NetworkSpec, Scalar
 
@@ -244,9 +245,9 @@ def _types(reading: Reading, side: str, count: int) -> Sequence[Any]:
 
 
 def _type(reading: Reading, key: str, name: object, known: Mapping[str, StageType]) -> StageType:
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise UsageError(f"{reading.where}: {key} has {name!r}, which is not supported; known: {', '.join(known)}")
-    return known[str(name)]
+    return known[name]
 
 
 def own_name(name: str) -> str | None:
@@ -297,8 +298,7 @@ def get(block: BlockSpec, name: str, default: Scalar) -> Any:
 
 def stages_of(spec: NetworkSpec) -> tuple[list[Stage], list[Stage], Stage]:
     """The down stages, the up stages and the middle; stages are in the order of their widths, the outermost first."""
-    indices = [int(b.name.split(".")[1]) for b in spec.blocks if b.name.startswith("down_blocks.")]
-    count = 1 + max(indices, default=-1)
+    count = stage_count(spec)
     downs = [Stage(spec, f"down_blocks.{i}") for i in range(count)]
     ups = [Stage(spec, f"up_blocks.{count - 1 - i}") for i in range(count)]
     return downs, ups, Stage(spec, "mid_block")

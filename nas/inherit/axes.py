@@ -6,10 +6,14 @@ Every axis is one or more parts, each a run of channels of one group:
   middle live; stages that a residual sum joins without a projection (Stable Diffusion's two of width 1,280) are one
   group;
 * the inside of a residual block, between its two convolutions;
-* the tokens inside a transformer, its heads (kept whole), the inner channels of a feed-forward;
+* the tokens inside a transformer, its query heads (kept whole) with the key heads that they read, the inner channels
+  of a feed-forward;
 * the inside of the time embedding, and the embedding that all residual blocks read;
 * sinusoidal features, which are matched by frequency;
 * data (latent channels, text, sizes), which must be equal.
+
+Groups are the teacher's. Where only the student sums two streams without a projection (its two stages are of one width,
+the teacher's are not), each keeps its own choice, and no choice would make the sum the teacher's.
 """
 
 from __future__ import annotations
@@ -18,11 +22,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from nas.families.unet import stage_count
 from nas.network import BlockSpec, NetworkSpec
 
 DATA: Final = "data"
 FREQUENCY: Final = "frequency"
-KEYS: Final = "keys"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +38,14 @@ class Part:
         group: whose channels they are; "" for the leading ones.
         size: how many.
         unit: how many belong together (the width of a head); they are kept or dropped as one.
+        shared: for key heads, how many query heads read each; the units of `group` are the query heads then.
     """
 
     role: str
     group: str
     size: int
     unit: int = 1
+    shared: int = 1
 
 
 Axis = tuple[Part, ...]
@@ -65,7 +71,7 @@ class Streams:
 
 def streams(spec: NetworkSpec) -> Streams:
     """Where each block's output lives; stages joined by a sum without a projection share a group."""
-    count = 1 + max((_index(b.name) for b in spec.blocks if b.name.startswith("down_blocks.")), default=-1)
+    count = stage_count(spec)
     stage_of: dict[str, int] = {}
     joined = {stage: stage for stage in range(count)}
     before = 0
@@ -153,9 +159,10 @@ def _time_embedding(block: BlockSpec, given: str, own: str, skip: str) -> Axes:
 
 def _text_time(block: BlockSpec, given: str, own: str, skip: str) -> Axes:
     inner = _part("inner", f"{block.name} hidden", _get(block, "time_width"))
-    width = _get(block, "pooled_width") + _get(block, "size_ids") * _get(block, "size_embedding_width")
+    sizes = _part("sizes", DATA, _get(block, "size_ids") * _get(block, "size_embedding_width"))
     out = _part("temb", "temb", _get(block, "time_width"))
-    return _linear("linear_1", inner, _part(DATA, DATA, width)) | _linear("linear_2", out, inner)
+    features = _part("pooled", DATA, _get(block, "pooled_width")) + sizes
+    return _linear("linear_1", inner, features) | _linear("linear_2", out, inner)
 
 
 def _resnet(block: BlockSpec, given: str, own: str, skip: str) -> Axes:
@@ -197,12 +204,12 @@ def _transformer(block: BlockSpec, given: str, own: str, skip: str) -> Axes:
 
 
 def _attention(block: BlockSpec, path: str, tokens: Axis, into: Axis) -> Axes:
-    head, width = int(_get(block, "head_width")), int(_get(block, "channels"))
-    keys = int(_get(block, "kv_heads")) * head
-    group = f"{block.name}.{path} heads"
+    head, kv_heads, width = (int(_get(block, name)) for name in ("head_width", "kv_heads", "channels"))
+    heads = width // head
+    # Query heads that share keys in groups cannot be chosen one by one: then the leading ones are kept.
+    group = f"{block.name}.{path} heads" if kv_heads in (1, heads) else ""
     queries = _part("heads", group, width, head)
-    # Heads that share keys cannot be chosen one by one: then the leading key heads are kept.
-    shared = Part(role=KEYS, group=group if keys == width else "", size=keys, unit=head)
+    shared = Part(role="keys", group=group, size=kv_heads * head, unit=head, shared=heads // kv_heads)
     each = _part("head", "", head)
     return {
         f"{path}.to_q.weight": (queries, tokens),

@@ -8,7 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from nas.inherit.axes import DATA, FREQUENCY, KEYS, Axes, Axis, Part, makes_channels
+from nas.inherit.axes import DATA, FREQUENCY, Axes, Axis, Part, makes_channels
 
 WIDTHS: Final = ("first", "l1")
 
@@ -66,20 +66,19 @@ class Chooser:
         return torch.cat(found)
 
     def _part(self, student: Part, teacher: Part) -> Tensor | None:
-        if student.size == teacher.size and student.unit == teacher.unit:
+        alike = (student.unit, student.shared) == (teacher.unit, teacher.shared)
+        if student.size == teacher.size and alike:
             return torch.arange(teacher.size)
-        if student.role == DATA or student.size > teacher.size:
+        if student.group == DATA or student.size > teacher.size:
             return None
         if student.role == FREQUENCY:
             return _frequencies(student.size, teacher.size)
-        # Heads first, then the leading channels of each.
-        count, units = student.size // student.unit, teacher.size // teacher.unit
+        # Heads first, then the leading channels of each. A key head is that of the first query head that reads it.
+        count, units = (part.size // part.unit * part.shared for part in (student, teacher))
         if student.unit > teacher.unit or count > units:
             return None
-        group = teacher.group if student.role != KEYS or student.group else ""
-        heads = self._best(group, count, units, teacher.unit)
-        inside = torch.arange(student.unit)
-        return (heads[:, None] * teacher.unit + inside).flatten()
+        heads = self._best(teacher.group, count, units, teacher.unit)[:: student.shared] // teacher.shared
+        return (heads[:, None] * teacher.unit + torch.arange(student.unit)).flatten()
 
     def _best(self, group: str, count: int, units: int, width: int) -> Tensor:
         """Which `count` of `units` to keep, ascending; each unit is `width` channels."""

@@ -226,8 +226,10 @@ def settings(sheet: DeviceSheet) -> tuple[Protocol, Limits]:
     """The sheet's [protocol] table over the defaults.
 
     Raises:
+        NasError: the target's rows are published, so its [protocol] is not ours.
         UsageError: a key that is neither of `Protocol` nor of `Limits`.
     """
+    _backend_name(sheet)
     names = {kind: {f.name for f in fields(kind)} for kind in (Protocol, Limits)}
     for key in sheet.protocol:
         if not any(key in known for known in names.values()):
@@ -236,13 +238,17 @@ def settings(sheet: DeviceSheet) -> tuple[Protocol, Limits]:
     return Protocol(**given[Protocol]), Limits(**given[Limits])
 
 
-def _backend(sheet: DeviceSheet) -> ModuleType:
+def _backend_name(sheet: DeviceSheet) -> str:
     if sheet.backend is None:
         raise NasError(
             f"target {sheet.alias} cannot be measured from here: {sheet.path} names no backend, its rows are published",
             hint="nas devices",
         )
-    backend = registry.load("nas.backends", sheet.backend)
+    return sheet.backend
+
+
+def _backend(sheet: DeviceSheet) -> ModuleType:
+    backend = registry.load("nas.backends", _backend_name(sheet))
     reason = backend.unavailable()
     if reason is not None:
         raise NasError(f"target {sheet.alias} cannot be measured here: {reason}")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nas import families
-from nas.errors import NasError
+from nas.errors import NasError, UsageError
 from nas.space import Candidate, SearchSpace
 from nas.space_file import Reference
 from nas.trace import block_trace
@@ -53,7 +53,7 @@ def figures(space: SearchSpace, name: str) -> ReferenceFigures:
         NasError: its parameters are not those it claims.
     """
     reference, native = space.find_reference(name), space.published(name)
-    published = {_pixels(space, name, px): gmacs for px, gmacs in (reference.gmacs or {}).items()}
+    published = {_pixels(native.space, name, px): gmacs for px, gmacs in (reference.gmacs or {}).items()}
     params = check_params(space, name)
     sizes = sorted({*published, native.space.resolution_px})
     calls = [
@@ -109,4 +109,10 @@ def _macs(candidate: Candidate) -> int:
 def _pixels(space: SearchSpace, name: str, text: str) -> int:
     if not text.isdigit():
         raise NasError(f"{space.path}: reference {name!r}: gmacs is keyed by the image's side in px, got {text!r}")
+    try:
+        space.at_resolution(int(text))
+    except NasError as error:
+        raise UsageError(
+            f"{space.path}: reference {name!r}: gmacs is given at a size, where {error.message}"
+        ) from error
     return int(text)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nas import families, formats, locate
+from nas.build import check
 from nas.checkpoint import NETWORK, load_network
 from nas.errors import NasError, UsageError
 from nas.network import NetworkSpec
@@ -39,7 +40,12 @@ def model_subject(model: str, resolution: int | None = None, *, text_tokens: int
     config, where = formats.read_config(path if path.exists() else _fetched(model))
 
     def make(height: int | None, width: int | None) -> NetworkSpec:
-        return formats.network(config, where, height=height, width=width, text_tokens=text_tokens)
+        spec = formats.network(config, where, height=height, width=width, text_tokens=text_tokens)
+        try:
+            check(spec)
+        except NasError as error:  # values that only a block knows not to go together
+            raise UsageError(f"{where}: {error.message}", hint=error.hint) from error
+        return spec
 
     try:
         spec, scale = _sized(make, resolution, where)

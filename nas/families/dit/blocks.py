@@ -23,6 +23,12 @@ _DEFAULTS: dict[str, Scalar] = {
 _ON_A_GRID = ("kv-compressed", "window", "sparse")
 _IN_WINDOWS = ("window", "sparse")
 _ATTENTIONS = ("full", "linear", *_ON_A_GRID)
+_NAMES = (
+    *_DEFAULTS,
+    *("width", "patch_size", "ffn_ratio", "heads", "head_width", "kv_sharing", "attention", "text"),
+    *("depth", "down_depth", "middle_depth", "up_depth", "middle_ffn_ratio"),
+    *("out_channels", "sample_size", "interpolation_scale", "norm_groups"),  # norm_groups: for small copies
+)
 _FIXED_COUNTS = ("out_channels", "sample_size")
 _SMALL_SIDE = 16  # small copies of latents below it have patches of one pixel
 _SIZE_IDS = 3  # height, width, aspect ratio
@@ -81,6 +87,7 @@ class Builder:
 
     def check(self) -> None:
         """Refuses settings that no network of this family can have."""
+        self.values.check_names("dit", _NAMES)
         for name, known in (
             ("stages", (1, 3)),
             ("kv_sharing", ("mha", "gqa", "mqa")),
@@ -96,9 +103,8 @@ class Builder:
         depths = [*(("depth",) if 1 in stages else ()), *(p.depth for p in (DOWN, MIDDLE, UP) if 3 in stages)]
         optional = [name for name in ("heads", *_FIXED_COUNTS) if name in self.values]
         for name in ("width", "patch_size", "window", *depths, *optional):
-            for value in self.all(name):
-                if type(value) is not int or value < 1:
-                    raise UsageError(f"{self.values.where}: {name} must be a whole number above 0, got {value!r}")
+            if name in self.values or name not in _DEFAULTS:
+                self.values.check_whole(name)
         for name in (*_FIXED_COUNTS, "interpolation_scale"):
             if name in self.values.choices:
                 raise UsageError(

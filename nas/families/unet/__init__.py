@@ -38,9 +38,9 @@ from functools import partial
 from nas.families import Values
 from nas.families.unet.blocks import Unit, add_embedding, downsample, head, kv_heads, stem, time_embedding, upsample
 from nas.families.unet.plan import Plan
-from nas.network import InputShape, Position, Scale
+from nas.network import InputShape, NetworkSpec, Position, Scale
 
-__all__ = ["kv_heads", "positions"]
+__all__ = ["kv_heads", "positions", "stage_count"]
 
 
 def positions(values: Values, shape: InputShape, scale: Scale | None = None) -> Iterator[Position]:
@@ -51,6 +51,15 @@ def positions(values: Values, shape: InputShape, scale: Scale | None = None) -> 
         NasError: a width does not divide, or the latent cannot be halved down to the lowest stage.
     """
     return _positions(Plan(values=values, shape=shape, scale=scale))
+
+
+def stage_count(spec: NetworkSpec) -> int:
+    """How many stages a UNet has, whatever edits it went through; 0 for a network without a way down."""
+    paths = [block.name.split(".") for block in spec.blocks]
+    if not any(path[0] == "down_blocks" for path in paths):
+        return 0
+    # The way up counts too: every step of the lowest stage may have been taken out on the way down.
+    return 1 + max(int(path[1]) for path in paths if path[0] in ("down_blocks", "up_blocks"))
 
 
 def _positions(plan: Plan) -> Iterator[Position]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from nas.errors import NasError, UsageError, unknown
+from nas.errors import NasError, UsageError
 from nas.families import Values
 from nas.network import InputShape, Scalar, Scale
 
@@ -44,7 +45,8 @@ _PER_STAGE: dict[str, Scalar | None] = {
     "heads": None,
 }
 _PER_UNIT = ("depth", "up_depth")
-_WORDS = {
+_WORDS: dict[str, tuple[str, ...]] = {
+    "attention": ("mha", "gqa", "mqa"),
     "conv": ("full", "separable-1", "separable-2"),
     "head_layout": ("8-heads", "64-wide"),
     "mid": ("full", "residual", "none"),
@@ -52,6 +54,10 @@ _WORDS = {
     "projection": ("linear", "conv"),
     "qk_norm": ("none", "rms_norm"),
 }
+# The whole numbers, with the least that each may be.
+_LEAST = {"width": 1, "resnets": 1, "up_resnets": 1, "heads": 1, "depth": 0, "up_depth": 0, "mid_depth": 0}
+_FLAGS = ("attention", "up_attention", "self_attention")  # of a stage
+_FIXED_ONLY = ("norm_groups", "norm_eps", "out_channels", "size_embedding_width")
 _HEADS_8, _WIDE_64 = 8, 64
 
 
@@ -69,7 +75,8 @@ class Plan:
     scale: Scale | None
 
     def __post_init__(self) -> None:
-        self._check_names()
+        per_stage, per_unit = (f"{stem}_#" for stem in _PER_STAGE), (f"{stem}_#_#" for stem in _PER_UNIT)
+        self.values.check_names("unet", (*_ONCE, *per_stage, *per_unit))
         times = self.most_stages - 1
         if self.shape.height % (1 << times) or self.shape.width % (1 << times):
             raise NasError(
@@ -78,20 +85,14 @@ class Plan:
             )
         self.values.depends(*(f"{stem}_{s}" for s in range(self.most_stages) for stem in ("width", "resnets")))
         for name in (*self.values.choices, *self.values.fixed):
-            allowed = _WORDS.get(_stem(name), ())
-            for value in self.values.all(name) if allowed else ():
-                if value not in allowed:
-                    words = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
-                    raise UsageError(f"{self.values.where}: {name} must be {words}, got {value!r}")
-
-    def _check_names(self) -> None:
-        """Refuses a name that the family does not read: a misspelt setting would leave its default in force."""
-        once, stage, unit = "|".join(_ONCE), "|".join(_PER_STAGE), "|".join(_PER_UNIT)
-        known = re.compile(rf"({once}|({stage})_\d+|({unit})_\d+_\d+)")
-        for name in (*self.values.choices, *self.values.fixed):
-            if not known.fullmatch(name):
-                words = [*_ONCE, *(f"{stem}_0" for stem in _PER_STAGE)]
-                raise unknown("setting", name, words, where=f"{self.values.where} (family unet)")
+            if _stem(name) in _LEAST:
+                self.values.check_whole(name, _LEAST[_stem(name)])
+            for value in self.values.all(name):
+                if wanted := _wanted(name, value):
+                    raise UsageError(f"{self.values.where}: {name} must be {wanted}, got {value!r}")
+        for name in _FIXED_ONLY:
+            if name in self.values.choices:
+                raise UsageError(f"{self.values.where}: {name} must be in [fixed], because all networks share it")
 
     # Settings
 
@@ -222,8 +223,6 @@ class Plan:
         """The fewest and most units that a stage may have."""
         name, more = (f"up_resnets_{stage}", 0) if self._own_units(side, stage) else (f"resnets_{stage}", side == "up")
         counts = [int(value) + more for value in self.values.all(name)]
-        if min(counts) < 1:
-            raise UsageError(f"{self.values.where}: {name} must be 1 or more, got {min(counts) - more}")
         return min(counts), max(counts)
 
     def most_units(self, side: str, stage: int) -> int:
@@ -278,6 +277,18 @@ class Plan:
             return bool(self.get(chosen, flag))
         depth = self.depth_name(side, stage, number)
         return int(chosen[depth] if depth in chosen else self.values.all(depth)[0]) > 0
+
+
+def _wanted(name: str, value: Scalar) -> str:
+    """What a setting must be, where it is something else; empty where the value is allowed."""
+    stem = _stem(name)
+    if stem in _FLAGS and stem != name:
+        return "" if isinstance(value, bool) else "true or false"
+    if stem in ("ffn_ratio", "norm_eps"):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return "" if number and 0 < float(value) < math.inf else "a number above 0"
+    words = _WORDS.get(stem, (value,))
+    return "" if value in words else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def _stem(name: str) -> str:

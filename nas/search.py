@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nas import quality, registry
+from nas.components import check_pipeline
 from nas.device import Budget, find_target
 from nas.errors import UsageError
 from nas.evaluate import Evaluation, Evaluator, terms, with_pipeline
@@ -85,6 +86,7 @@ def plan_search(settings: SearchSettings) -> Plan:
         space = space.at_resolution(settings.resolution_px)
     budget = Budget.parse(settings.budget)
     _check_proxy(space)
+    check_pipeline(space)
     space = _piped(space, settings, budget)
     sheet = find_target(budget.device)
     predictor = load_predictor(sheet.slug)

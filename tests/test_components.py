@@ -201,3 +201,19 @@ def test_the_cpu_has_measured_taesd_and_clip(space: SearchSpace):
     sheet = find_target("cpu")
     for part in (components.decoder("taesd", space), components.text_encoder("clip-l")):
         assert components.charge(part, 1024, sheet, None, 0.8).basis == "measured"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"decoder": "sd-va"}, "did you mean 'sd-vae'"),
+        ({"text_encoders": ("clip",)}, "did you mean 'clip-l'"),
+    ],
+)
+def test_a_name_that_a_space_files_pipeline_has_wrong_names_the_file(change: dict[str, Any], words: str):
+    space = load_space("sdxl_unet")
+    assert space.pipeline is not None
+    components.check_pipeline(space)
+    wrong = replace(space, pipeline=replace(space.pipeline, **change))
+    with pytest.raises(UsageError, match=rf"sdxl_unet\.toml \[pipeline\]: .*{words}"):
+        components.check_pipeline(wrong)

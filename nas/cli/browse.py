@@ -83,8 +83,10 @@ def _figures(space: SearchSpace, progress: Callable[[str, int, int, str], None])
     if not space.references:
         return []
     progress("references", 0, len(space.references), "loading torch")
+    from nas.components import check_pipeline
     from nas.pricing.references import figures
 
+    check_pipeline(space)
     found = []
     for i, reference in enumerate(space.references):
         progress("references", i, len(space.references), reference.name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from nas.cli.console import note, result, table
+from nas.cli.console import cell, note, result, table
 
 if TYPE_CHECKING:
     from nas.profile import Comparison, Profile, SpaceProfile
@@ -30,8 +30,8 @@ def print_profile(found: Profile) -> None:
     result("\n" + table(header, rows, left=2))
     shares = ", ".join(f"{group} {macs / max(total.macs, 1):.1%}" for group, macs in found.operations.items())
     result(
-        f"\n{found.name}: {total.params:,} parameters, {total.macs / 1e9:,.1f} GMACs a call ({shares}), weights"
-        f" {total.weight_bytes / 1e6:,.0f} MB and peak activations {total.peak_activation_bytes / 1e6:,.0f} MB in"
+        f"\n{found.name}: {total.params:,} parameters, {cell(total.macs / 1e9)} GMACs a call ({shares}), weights"
+        f" {cell(total.weight_bytes / 1e6)} MB and peak activations {cell(total.peak_activation_bytes / 1e6)} MB in"
         f" {found.precision}"
     )
     if found.latency is not None:

@@ -15,7 +15,7 @@ from nas.components.charge import MEASURED, PREDICTED, PUBLISHED, Part, charge, 
 from nas.components.parts import DECODER, TEXT_ENCODERS, Component
 from nas.components.text import TEXT, build_text_encoder
 from nas.cost import network_peak_bytes
-from nas.errors import UsageError, unknown
+from nas.errors import NasError, UsageError, unknown
 from nas.network import NetworkSpec
 from nas.space import SearchSpace, load_space
 from nas.trace import Trace, block_trace, module_trace
@@ -32,6 +32,7 @@ __all__ = [
     "Part",
     "build_text_encoder",
     "charge",
+    "check_pipeline",
     "component_of",
     "components",
     "decoder",
@@ -69,6 +70,20 @@ def components(space: SearchSpace, px: int | None = None) -> tuple[Component, ..
     tokens = space.input.text_tokens
     encoders = tuple(text_encoder(name, tokens) for name in space.pipeline.text_encoders)
     return (*encoders, decoder(space.pipeline.decoder, space if px is None else space.at_resolution(px)))
+
+
+def check_pipeline(space: SearchSpace) -> None:
+    """Checks the names in a space file's [pipeline], where it has one.
+
+    Raises:
+        UsageError: a name is unknown, or the decoder reads other latents; names the file.
+    """
+    if space.pipeline is None:
+        return
+    try:
+        components(space)
+    except NasError as error:
+        raise UsageError(f"{space.path} [pipeline]: {error.message}", hint=error.hint) from error
 
 
 def text_encoder(name: str, tokens: int | None = None) -> Component:

@@ -7,6 +7,7 @@ block, a wider tensor, text of another encoder) is newly initialised, and the re
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
@@ -26,6 +27,7 @@ __all__ = ["WIDTHS", "BlockReport", "Report", "inherit", "plan"]
 COPIED: Final = "copied"
 SLICED: Final = "sliced"
 NEW: Final = "new"
+_LAYER: Final = re.compile(r"^(transformer_blocks\.)(\d+)\.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +89,14 @@ class Report:
 
 
 def inherit(
-    student: NetworkSpec, teacher: NetworkSpec, state: Mapping[str, Tensor], *, widths: str = "first", seed: int = 0
+    student: NetworkSpec,
+    teacher: NetworkSpec,
+    state: Mapping[str, Tensor],
+    *,
+    widths: str = "first",
+    seed: int = 0,
+    origin: Mapping[str, str] | None = None,
+    kept_layers: Mapping[str, tuple[int, ...]] | None = None,
 ) -> tuple[dict[str, Tensor], Report]:
     """The weights that a network starts from, under our own names, and what each of them is.
 
@@ -97,6 +106,9 @@ def inherit(
         state: its tensors; new tensors of the student have their precision.
         widths: which channels a narrower tensor keeps: "first" (the leading ones) or "l1" (the largest weights).
         seed: of what is newly initialised.
+        origin: the teacher's block that each of the student's starts from, where edits tell it
+            (`nas.edit.Edited.origin`); None takes the published maps of `plan`. A block that it leaves out is new.
+        kept_layers: transformer -> the teacher's layer that each of its layers starts from; others keep the first.
 
     Returns:
         The state, none of whose tensors is one of `state`, and the report.
@@ -111,7 +123,8 @@ def inherit(
     ours, theirs = axes(student), axes(teacher)
     groups = _norm_groups(student) | _norm_groups(teacher)
     chooser = Chooser(widths, theirs, state, groups.pop() if len(groups) == 1 else 1)
-    sources, by_name = plan(student, teacher), {block.name: block for block in teacher.blocks}
+    sources: Mapping[str, str | None] = plan(student, teacher) if origin is None else origin
+    by_name = {block.name: block for block in teacher.blocks}
     empty = build(student, "meta")
     shapes = _by_block(empty)
     dtype = next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), torch.float32)
@@ -120,13 +133,16 @@ def inherit(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for block in student.blocks:
-            source = sources[block.name]
+            source = sources.get(block.name)
+            if source is not None and source not in by_name:
+                raise unknown("block", source, by_name, where=f"network {teacher.name}")
             if source is not None and by_name[source].kind != block.kind:
                 source = None
             taken: dict[str, tuple[str, Tensor]] = {}
             if source is not None:
                 axis_pair = ours.get(block.name, {}), theirs.get(source, {})
-                taken = _take(shapes[block.name], source, state, axis_pair, chooser)
+                layers = (kept_layers or {}).get(block.name)
+                taken = _take(shapes[block.name], source, state, axis_pair, chooser, layers)
             if shapes[block.name]:
                 reports.append(_report(block.name, source, shapes[block.name], taken))
             found |= _complete(block, shapes[block.name], taken, dtype)
@@ -159,21 +175,24 @@ def _take(
     state: Mapping[str, Tensor],
     axis_pair: tuple[Axes, Axes],
     chooser: Chooser,
+    layers: tuple[int, ...] | None,
 ) -> dict[str, tuple[str, Tensor]]:
     """The tensors that can be had from the teacher's block, each with how."""
     taken = {}
     for name, shape in shapes.items():
-        tensor = state.get(f"{source}.{name}")
+        there = name if layers is None else _LAYER.sub(lambda match: f"{match[1]}{layers[int(match[2])]}.", name)
+        tensor = state.get(f"{source}.{there}")
         if tensor is None:
             continue
         tensor = _as_convolution(tensor, shape)
-        if not all(name in found for found in axis_pair):
+        ours, theirs = axis_pair[0].get(name), axis_pair[1].get(there)
+        if ours is None or theirs is None:
             if tensor.shape == shape:
                 taken[name] = (COPIED, tensor.clone())
             continue
         sliced = tensor
-        for axis, (wanted, there) in enumerate(zip(axis_pair[0][name], axis_pair[1][name], strict=True)):
-            index = chooser.index(wanted, there)
+        for axis, (wanted, given) in enumerate(zip(ours, theirs, strict=True)):
+            index = chooser.index(wanted, given)
             if index is None:
                 break
             if not torch.equal(index, torch.arange(tensor.shape[axis])):

@@ -2,7 +2,8 @@
 
 An edit is a small record. Applied to a NetworkSpec it gives another valid one, or an error that names the block and the
 reason; it also tells which block of the older network each block of the new one comes from, so that weights can be
-handed down (`Edited`; `nas.inherit.inherit` takes its origins and layers). `moves` lists the edits that a network allows, `walk` applies several and says what each saves.
+handed down (`Edited`; `nas.inherit.inherit` takes its origins and layers). `moves` lists the edits that a network
+allows, `walk` applies several and says what each saves.
 """
 
 from __future__ import annotations

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from nas.errors import UsageError, unknown
 
@@ -11,6 +13,12 @@ if TYPE_CHECKING:
     from nas.space import Candidate, SearchSpace
 
 REPORTS = Path("reports")
+
+# The options that replace parts of a space's pipeline, wherever one is priced.
+Steps = Annotated[int | None, typer.Option(help="Denoiser calls per image instead of the space's.")]
+Guidance = Annotated[bool | None, typer.Option("--guidance/--no-guidance", help="Whether guidance doubles each call.")]
+Decoder = Annotated[str | None, typer.Option(help="The image decoder (nas spaces show decoder).")]
+TextEncoders = Annotated[str | None, typer.Option(help="NAME,... of the text encoders, or none.")]
 
 
 def chosen(

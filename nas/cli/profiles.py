@@ -11,7 +11,19 @@ import typer
 
 from nas.cli import profile_text
 from nas.cli.console import Progress, closing, command_line, result_json, resumable
-from nas.cli.names import REPORTS, after_space, chosen, name_list, published, sized_space, typed_space
+from nas.cli.names import (
+    REPORTS,
+    Decoder,
+    Guidance,
+    Steps,
+    TextEncoders,
+    after_space,
+    chosen,
+    name_list,
+    published,
+    sized_space,
+    typed_space,
+)
 from nas.errors import UsageError, unknown
 from nas.paths import writable_dir
 
@@ -41,12 +53,10 @@ def profile(
         int | None, typer.Option(metavar="PX", help="Image side instead of the network's own.")
     ] = None,
     text_tokens: Annotated[int, typer.Option(min=1, help="Text tokens that a --model is called with.")] = 77,
-    steps: Annotated[int | None, typer.Option(help="Denoiser calls per image instead of the space's.")] = None,
-    guidance: Annotated[
-        bool | None, typer.Option("--guidance/--no-guidance", help="Whether guidance doubles each call.")
-    ] = None,
-    decoder: Annotated[str | None, typer.Option(help="The image decoder (nas spaces show decoder).")] = None,
-    text_encoders: Annotated[str | None, typer.Option(help="NAME,... of the text encoders, or none.")] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    decoder: Decoder = None,
+    text_encoders: TextEncoders = None,
     counters: Annotated[bool, typer.Option("--counters", help="Also count MACs with torch, thop and fvcore.")] = False,
     confidence: Annotated[float, typer.Option(min=0.5, max=0.999, help="Of the latency's interval.")] = 0.8,
     samples: Annotated[int, typer.Option(min=10, help="Candidates drawn to profile a whole space.")] = 2000,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nas.cli.console import Progress, closing, command_line, duration, note, result, result_json, resumable, table
-from nas.cli.names import name_list
+from nas.cli.names import Decoder, Guidance, Steps, TextEncoders, name_list
 from nas.paths import find_study
 
 if TYPE_CHECKING:
@@ -25,12 +25,10 @@ def search(
     jobs: Annotated[int, typer.Option(help="Proxy runs side by side, one thread each.")] = 2,
     confidence: Annotated[float, typer.Option(help="How sure the latency must be to lie within the budget.")] = 0.8,
     resolution: Annotated[int | None, typer.Option(metavar="PX", help="Image side instead of the space's.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoiser calls per image instead of the space's.")] = None,
-    guidance: Annotated[
-        bool | None, typer.Option("--guidance/--no-guidance", help="Whether guidance doubles each call.")
-    ] = None,
-    decoder: Annotated[str | None, typer.Option(help="The image decoder (nas spaces show decoder).")] = None,
-    text_encoders: Annotated[str | None, typer.Option(help="NAME,... of the text encoders, or none.")] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    decoder: Decoder = None,
+    text_encoders: TextEncoders = None,
     teacher: Annotated[str, typer.Option(help="'embedded', a diffusers folder, or a hub id.")] = "embedded",
     out: Annotated[Path | None, typer.Option(help="Study folder (default reports/DATE-SPACE-DEVICE).")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming the same search.")] = False,

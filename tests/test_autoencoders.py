@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nas import formats
 from nas.build import Network, build
-from nas.checkpoint import load_diffusers
+from nas.checkpoint import load_diffusers, save_diffusers
 from nas.errors import NasError, UsageError
 from nas.exporters import onnx as exporter
 from nas.families import network_of
@@ -193,3 +193,20 @@ def test_a_decoder_goes_through_onnx(style: str, tmp_path: Path) -> None:
     inputs = {"sample": torch.randn(1, 4, 4, 4)}
     path = exporter.export(network, inputs, tmp_path / "decoder.onnx")
     assert exporter.verify(path, network, inputs) < 1e-4
+
+
+@pytest.mark.parametrize("change", KLS.values(), ids=KLS)
+def test_a_decoder_is_saved_with_an_encoder_as_the_class(change: dict[str, Any], tmp_path: Path) -> None:
+    first, second = theirs(AutoencoderKL, KL | change), theirs(AutoencoderKL, KL | change, seed=1)
+    first.save_pretrained(tmp_path / "first")
+    second.save_pretrained(tmp_path / "second")
+    decoder = load_diffusers(tmp_path / "second", height=8, width=8)
+    back = AutoencoderKL.from_pretrained(save_diffusers(tmp_path / "out", decoder, encoder_from=tmp_path / "first"))
+    latent, image = torch.randn(2, back.config.latent_channels, 8, 8), torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(back.eval().decode(latent).sample, second.decode(latent).sample)
+        torch.testing.assert_close(back.encode(image).latent_dist.mean, first.encode(image).latent_dist.mean)
+    wider = theirs(AutoencoderKL, KL | change | {"block_out_channels": [2 * w for w in KL["block_out_channels"]]})
+    wider.save_pretrained(tmp_path / "wider")
+    with pytest.raises(NasError, match="has another shape than network"):
+        save_diffusers(tmp_path / "out", decoder, encoder_from=tmp_path / "wider")

@@ -7,32 +7,13 @@ import json
 import diffusers
 import pytest
 import torch
+from format_cases import DREAMLITE, UNET
 
 from nas import formats
 from nas.build import build
 from nas.errors import NasError, UsageError
 from nas.formats import dreamlite_unet, unet2d_condition
 from nas.network import NetworkSpec
-
-UNET = {
-    "sample_size": 16,
-    "block_out_channels": [32, 64],
-    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-    "cross_attention_dim": 24,
-    "norm_num_groups": 8,
-    "attention_head_dim": 4,
-}
-DREAMLITE = {
-    "sample_size": 16,
-    "block_out_channels": [32, 64],
-    "down_block_types": ["DreamLiteCrossAttnNoSelfAttnDownBlock2D", "DreamLiteCrossAttnDownBlock2D"],
-    "up_block_types": ["DreamLiteCrossAttnUpBlock2D", "DreamLiteUpBlock2D"],
-    "cross_attention_dim": 24,
-    "norm_num_groups": 8,
-    "attention_head_dim": [4, 8],
-    "use_linear_projection": True,
-}
 
 
 def read(config: dict, **options) -> NetworkSpec:

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nas import families, formats
 from nas.build import build, example_inputs
+from nas.checkpoint import load_diffusers, save_diffusers
 from nas.errors import NasError, UsageError
 from nas.formats import pixart
 from nas.network import InputShape, NetworkSpec
@@ -199,3 +200,14 @@ def test_a_network_with_one_block_changed_is_refused():
     data["blocks"][4]["settings"]["ffn_ratio"] = 2
     with pytest.raises(NasError, match=r"'transformer_blocks\.1' has ffn_ratio = 2"):
         pixart.config(NetworkSpec.from_json(data))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_saved_folder_is_the_class_again(name, tmp_path):
+    theirs, ours = both({**SMALL, **CONFIGS[name]})
+    folder = save_diffusers(tmp_path / "net", ours, "PixArtTransformer2DModel")
+    back = PixArtTransformer2DModel.from_pretrained(folder).eval()
+    inputs = example_inputs(ours.spec, batch=2, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(call(back, inputs), call(theirs, inputs))
+        torch.testing.assert_close(load_diffusers(folder)(**inputs), ours(**inputs))

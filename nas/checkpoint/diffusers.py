@@ -101,7 +101,12 @@ def _fitted(network: Network, tensors: Tensors, module: ModuleType) -> dict[str,
 
 
 def save_diffusers(
-    folder: str | Path, network: Network, class_name: str | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
+    folder: str | Path,
+    network: Network,
+    class_name: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    *,
+    encoder_from: str | Path | None = None,
 ) -> Path:
     """Writes config.json and the weights that the diffusers class loads with `from_pretrained`.
 
@@ -112,25 +117,41 @@ def save_diffusers(
         network: any whose class can hold it; its weights are written in their own precision.
         class_name: the class; the first that can hold the network if None.
         max_shard_bytes: weights larger than this become several files with an index.
+        encoder_from: for a decoder, the folder of an autoencoder whose encoder and configuration are written with it.
 
     Raises:
-        NasError: no class can hold it (names the block and the setting), or the folder cannot be written.
+        NasError: no class can hold it (names the block and the setting), a decoder without `encoder_from` or one of
+            another shape, or the folder cannot be written.
     """
     module, config = formats.holding(network.spec, class_name)
-    if not formats.is_complete(module):
+    state = {module.their_name(name): tensor for name, tensor in network.state_dict().items()}
+    if encoder_from is not None:
+        config, encoder = _autoencoder(network, Path(encoder_from))
+        state |= encoder
+    elif not formats.is_complete(module):
         raise NasError(
             f"network {network.spec.name} is the decoder of a diffusers {module.CLASS}, whose encoder it does not have",
-            hint="save it in the format of nas instead, which holds every network",
+            hint="give encoder_from, or save it in the format of nas, which holds every network",
         )
     version = importlib.metadata.version("diffusers")
-    content = {"_class_name": module.CLASS, "_diffusers_version": version, **config}
-    state = {module.their_name(name): tensor for name, tensor in network.state_dict().items()}
+    content = {"_class_name": module.CLASS, **config, "_diffusers_version": version}
 
     def write(target: Path) -> None:
         (target / formats.CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         _write_weights(target, state, max_shard_bytes)
 
     return write_folder(Path(folder), write)
+
+
+def _autoencoder(decoder: Network, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration of an autoencoder with this very decoder, and its tensors that are not the decoder's."""
+    config, where = formats.read_config(folder)
+    module, shape = formats.find(config.get("_class_name"), where), decoder.spec.input
+    theirs = formats.network(config, where, height=shape.height, width=shape.width, name=decoder.spec.name)
+    if theirs.blocks != decoder.spec.blocks:
+        raise NasError(f"the decoder of {where} has another shape than network {decoder.spec.name}")
+    tensors = read_folder(folder).state
+    return config, {name: tensor for name, tensor in tensors.items() if module.own_name(name) is None}
 
 
 def _write_weights(folder: Path, state: Mapping[str, Tensor], max_shard_bytes: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
@@ -46,7 +47,7 @@ class Edited:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Edit:
+class Edit(ABC):
     """One change of a network; a kind of edit is a subclass with its own fields.
 
     Attributes:
@@ -56,17 +57,17 @@ class Edit:
     kind: ClassVar[str]
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """The edit in words ("remove mid_block.attentions.0")."""
-        raise NotImplementedError
 
+    @abstractmethod
     def edited(self, spec: NetworkSpec) -> Edited:
         """The changed network and where its blocks come from.
 
         Raises:
             NasError: the network does not allow it; names the block and why.
         """
-        raise NotImplementedError
 
     def apply(self, spec: NetworkSpec) -> NetworkSpec:
         """The changed network alone; raises as `edited` does."""

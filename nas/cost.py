@@ -10,13 +10,13 @@ from nas.errors import unknown
 from nas.network import BlockSpec
 from nas.op import Op
 
-# Weights and activations alike: "int8" is weights and activations of 8 bits.
-BYTES_PER_ELEMENT = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
+# Bytes of one weight and of one activation: "int8" has both of 8 bits, "w8a16" weights of 8 and activations of 16.
+BYTES_PER_ELEMENT = {"fp32": (4, 4), "fp16": (2, 2), "bf16": (2, 2), "w8a16": (1, 2), "int8": (1, 1)}
 _TRACED = 4  # traces state bytes at float32
 
 
-def bytes_per_element(precision: str) -> int:
-    """Bytes of one weight or activation.
+def bytes_per_element(precision: str) -> tuple[int, int]:
+    """Bytes of one weight and of one activation.
 
     Raises:
         UsageError: the precision is not in `BYTES_PER_ELEMENT`.
@@ -52,13 +52,13 @@ def cost(ops: Iterable[Op], peak_bytes: int, precision: str = "fp32") -> Cost:
         peak_bytes: its peak activation bytes at float32.
         precision: what weights and activations are held in.
     """
-    size, ops = bytes_per_element(precision), tuple(ops)
+    (weight, activation), ops = bytes_per_element(precision), tuple(ops)
     params = sum(op.weight_bytes for op in ops) // _TRACED
     return Cost(
         params=params,
         macs=sum(op.macs for op in ops),
-        weight_bytes=params * size,
-        peak_activation_bytes=peak_bytes // _TRACED * size,
+        weight_bytes=params * weight,
+        peak_activation_bytes=peak_bytes // _TRACED * activation,
     )
 
 

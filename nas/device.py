@@ -48,9 +48,11 @@ _SHEET_KEYS: dict[str, _Form] = {
     "backend": _TEXT,
     "shared": (lambda value: isinstance(value, bool), "true or false"),
     "roofline": _TABLE,
+    "family": _TEXT,
     "chips": _TABLE,
     "protocol": _TABLE,
     "fit": _TABLE,
+    "options": _TABLE,
     "sources": _TEXTS,
 }
 
@@ -86,8 +88,11 @@ class DeviceSheet:
         backend: the file in nas/backends/ that can run it from here, or None where only published rows exist.
         shared: True for a machine that others use too: the timing statistic is then the minimum of a session.
         roofline: "ms_per_gmac", "ms_per_gb", "ms_per_op" of the prior that a fit is shrunk towards.
+        family: slug of the sheet whose rows, chips, roofline and settings of the fit this device shares, or None. Its
+            own sheet then says only what it is: device, chip, aliases; predictions are for its chip.
         chips: public figures of related chips ({name: {figure: value}}) that pool their measurements.
         fit: settings of the fit, read by nas.latency.
+        options: the backend's own settings (a server's address, tuning records); an unknown one is refused by it.
         sources: where the figures come from.
     """
 
@@ -98,10 +103,12 @@ class DeviceSheet:
     summary: str
     backend: str | None
     shared: bool
+    family: str | None = None
     roofline: Mapping[str, Any] = field(default_factory=dict)
     chips: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     protocol: Mapping[str, Any] = field(default_factory=dict)
     fit: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
 
     @property
@@ -138,11 +145,17 @@ def _read_sheet(path: Path) -> dict[str, Any]:
     return data
 
 
+# What a family has in common, read from the family's own sheet; a member may not state it again.
+_OF_THE_FAMILY = ("roofline", "chips", "fit")
+_AS_THE_FAMILY = ("runtime", "precision", "threads", "batch")
+
+
 def load_sheet(path: Path) -> DeviceSheet:
-    """Reads one device sheet.
+    """Reads one device sheet, and of a family's member also the family's.
 
     Raises:
-        UsageError: a key is unknown, missing or of the wrong form, or the file's name is not its target's slug.
+        UsageError: a key is unknown, missing or of the wrong form, the file's name is not its target's slug, or a
+            member does not fit its family.
     """
     data = _read_sheet(path)
     target = Target(
@@ -154,6 +167,7 @@ def load_sheet(path: Path) -> DeviceSheet:
     )
     if path.stem != target.slug:
         raise UsageError(f"{path}: the file must be named after its target, {target.slug}.toml")
+    shared = _of_family(path, data) if "family" in data else data
     return DeviceSheet(
         target=target,
         path=path,
@@ -162,12 +176,34 @@ def load_sheet(path: Path) -> DeviceSheet:
         summary=data.get("summary", ""),
         backend=data.get("backend"),
         shared=data.get("shared", False),
-        roofline=data.get("roofline", {}),
-        chips=data.get("chips", {}),
-        protocol=data.get("protocol", {}),
-        fit=data.get("fit", {}),
-        sources=tuple(data.get("sources", ())),
+        family=data.get("family"),
+        roofline=shared.get("roofline", {}),
+        chips=shared.get("chips", {}),
+        protocol=data.get("protocol", shared.get("protocol", {})),
+        fit=shared.get("fit", {}),
+        options=data.get("options", {}),
+        sources=tuple(data.get("sources", shared.get("sources", ()))),
     )
+
+
+def _of_family(path: Path, data: Mapping[str, Any]) -> dict[str, Any]:
+    """The sheet of a member's family, after checking that the member belongs there."""
+    head = path.with_name(f"{data['family']}.toml")
+    if not head.is_file():
+        known = [sheet.stem for sheet in path.parent.glob("*.toml")]
+        raise unknown("family", data["family"], known, where=str(path))
+    shared = _read_sheet(head)
+    if "family" in shared:
+        raise UsageError(f"{path}: family {data['family']} is itself a member of {shared['family']}")
+    for key in _OF_THE_FAMILY:
+        if key in data:
+            raise UsageError(f"{path}: {key} is the family's, and stands in {head.name}")
+    for key in _AS_THE_FAMILY:
+        if data.get(key) != shared.get(key):
+            raise UsageError(f"{path}: {key} must be the family's, {shared.get(key)!r}, got {data.get(key)!r}")
+    if data.get("chip") not in shared.get("chips", {}):
+        raise unknown("chip", data.get("chip", ""), shared.get("chips", {}), where=f"{path}, of {head.name}")
+    return shared
 
 
 def list_targets(folder: str | Path | None = None) -> tuple[DeviceSheet, ...]:

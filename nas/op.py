@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -28,11 +29,14 @@ KINDS = (
 )
 MULTIPLYING = ("conv", "pointwise", "depthwise", "linear", "attention")
 
-FEATURES: tuple[str, ...] = tuple(
-    feature
-    for kind in KINDS
-    for feature in ((f"{kind}.macs",) if kind in MULTIPLYING else ()) + (f"{kind}.bytes", f"{kind}.count")
-)
+_MEASURES = {
+    **{kind: ("bytes", "far", "count") for kind in KINDS},
+    **{kind: ("macs", "read", "written", "far", "count") for kind in MULTIPLYING},
+    "linear": ("macs", "few_macs", "read", "written", "far", "count"),
+}
+FEATURES: tuple[str, ...] = tuple(f"{kind}.{measure}" for kind in KINDS for measure in _MEASURES[kind])
+_FEW_ROWS = 16  # a matrix product of so few rows reads its weights for little arithmetic
+_NEAR_BYTES = 4 * 2**20  # what more than this passes through leaves the memory next to the processor
 _INDEX = {name: i for i, name in enumerate(FEATURES)}
 
 
@@ -68,13 +72,22 @@ def features(ops: Iterable[Op]) -> np.ndarray:
     """Sums a network's (or block's) operators into the vector that latency is predicted from.
 
     Returns:
-        float64 [F] in the order of `FEATURES`: giga-MACs, gigabytes moved (activations read and written, weights
-        read) at float32, and thousands of operators, per kind.
+        float64 [F] in the order of `FEATURES`. Per kind, bytes at float32: giga-MACs (those of linear layers over at
+        most 16 rows apart); gigabytes read (weights too) and written, or both as one where nothing is multiplied;
+        "far", the gigabytes of operators that move more than 4 MiB, times how many doublings more; and thousands of
+        operators.
     """
     vector = np.zeros(len(FEATURES))
     for op in ops:
+        read, moved = op.weight_bytes + op.read_bytes, op.weight_bytes + op.read_bytes + op.written_bytes
         if op.kind in MULTIPLYING:
-            vector[_INDEX[f"{op.kind}.macs"]] += op.macs / 1e9
-        vector[_INDEX[f"{op.kind}.bytes"]] += (op.weight_bytes + op.read_bytes + op.written_bytes) / 1e9
+            few = op.kind == "linear" and bool(op.shape) and math.prod(op.shape[:-1]) <= _FEW_ROWS
+            vector[_INDEX[f"{op.kind}.{'few_macs' if few else 'macs'}"]] += op.macs / 1e9
+            vector[_INDEX[f"{op.kind}.read"]] += read / 1e9
+            vector[_INDEX[f"{op.kind}.written"]] += op.written_bytes / 1e9
+        else:
+            vector[_INDEX[f"{op.kind}.bytes"]] += moved / 1e9
+        if moved > _NEAR_BYTES:
+            vector[_INDEX[f"{op.kind}.far"]] += moved / 1e9 * math.log2(moved / _NEAR_BYTES)
         vector[_INDEX[f"{op.kind}.count"]] += 1e-3
     return vector

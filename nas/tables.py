@@ -1,7 +1,8 @@
 """Latency tables: measured rows and the subjects that they are rows of.
 
 A table is `latency_tables/<slug>.csv`, one row per session and subject, beside `<slug>.subjects.json`, which holds each
-subject's features so that a fit needs neither torch nor a trace.
+subject's features so that a fit needs neither torch nor a trace. A device whose sheet names a family reads the family's
+table behind its own, so that devices of one make pool what was measured on any of them.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ from typing import Any
 
 import numpy as np
 
+from nas.device import load_sheet
 from nas.errors import NasError
 from nas.op import FEATURES
 from nas.paths import atomic_write, data_dir
 from nas.provenance import text_sha
 
 SUBJECT_KINDS = ("block", "network", "component", "reference")
-FEATURES_VERSION = 1
+FEATURES_VERSION = 2
+_PACE_ROUNDS = 200  # of aligning groups; far more than it takes to settle
+_PACE_NOISE = 0.005  # deviations below this count alike
 _MEASURE_HINT = "nas measure --space snapgen_unet --target {alias}"
 
 
@@ -144,12 +148,27 @@ def table_path(slug: str, suffix: str, folder: str | Path | None = None) -> Path
     return data_dir("latency_tables", folder) / f"{slug}{suffix}"
 
 
+def family(slug: str, folder: str | Path | None = None) -> str | None:
+    """The slug of the family whose table a target reads behind its own; None if its sheet names none."""
+    path = table_path(slug, ".toml", folder)
+    return load_sheet(path).family if path.is_file() else None
+
+
+def _with_family(slug: str, folder: str | Path | None) -> tuple[str, ...]:
+    shared = family(slug, folder)
+    return (slug,) if shared is None else (slug, shared)
+
+
 def read(slug: str, folder: str | Path | None = None) -> tuple[Measurement, ...]:
-    """Every row of a table, flagged and excluded ones too; none if the table does not exist yet.
+    """Every row of a table and of its family's, flagged and excluded ones too; none if there is no table yet.
 
     Raises:
         NasError: a row is corrupt; the message has file and line.
     """
+    return tuple(row for name in _with_family(slug, folder) for row in _read(name, folder))
+
+
+def _read(slug: str, folder: str | Path | None) -> tuple[Measurement, ...]:
     path = table_path(slug, ".csv", folder)
     if not path.is_file():
         return ()
@@ -208,15 +227,20 @@ def _cell(value: Any) -> str:
 
 def append(slug: str, rows: Sequence[Measurement], folder: str | Path | None = None) -> Path:
     """Adds rows to a table; the file is replaced whole, so a killed run leaves the old table or the new one."""
-    return write(slug, (*read(slug, folder), *rows), folder)
+    return write(slug, (*_read(slug, folder), *rows), folder)
 
 
 def subjects(slug: str, folder: str | Path | None = None) -> dict[str, Subject]:
-    """The table's subjects by key; none if the table does not exist yet.
+    """The subjects of a table and of its family's by key; none if there is no table yet.
 
     Raises:
         NasError: the file is not valid, or its features are of another version than this code's.
     """
+    # Later entries win: what a device's own table says of a subject is nearer to what was timed.
+    return {key: one for name in reversed(_with_family(slug, folder)) for key, one in _subjects(name, folder).items()}
+
+
+def _subjects(slug: str, folder: str | Path | None) -> dict[str, Subject]:
     path = table_path(slug, ".subjects.json", folder)
     if not path.is_file():
         return {}
@@ -237,7 +261,7 @@ def subjects(slug: str, folder: str | Path | None = None) -> dict[str, Subject]:
 
 def write_subjects(slug: str, new: Iterable[Subject], folder: str | Path | None = None) -> Path:
     """Adds subjects to the table's, replacing those of the same key."""
-    known = {**subjects(slug, folder), **{subject.key: subject for subject in new}}
+    known = {**_subjects(slug, folder), **{subject.key: subject for subject in new}}
     records = {key: asdict(known[key]) for key in sorted(known)}
     for record in records.values():
         del record["key"]
@@ -247,17 +271,21 @@ def write_subjects(slug: str, new: Iterable[Subject], folder: str | Path | None 
 
 
 def inputs_sha(slug: str, folder: str | Path | None = None) -> str:
-    """Hash of everything a fit reads: rows, subjects and sheet."""
-    paths = [table_path(slug, suffix, folder) for suffix in (".csv", ".subjects.json", ".toml")]
-    return text_sha("\0".join(path.read_text() if path.is_file() else "" for path in paths))
+    """Hash of everything in a table that a fit reads: rows, subjects, sheet and ratios, the family's included."""
+    names = _with_family(slug, folder)
+    paths = [table_path(name, suffix, folder) for name in names for suffix in (".csv", ".subjects.json", ".toml")]
+    # Few tables have ratios: a file that is not there leaves the hash as it would be without this line.
+    ratios = [path for name in names if (path := table_path(name, ".ratios.csv", folder)).is_file()]
+    return text_sha("\0".join(path.read_text() if path.is_file() else "" for path in (*paths, *ratios)))
 
 
 def observations(rows: Iterable[Measurement]) -> tuple[Observation, ...]:
     """One latency per subject and chip: the median over its trusted sessions after aligning the sessions.
 
     A shared machine has slow and fast sessions. The subjects that a chip's every session measured are its anchors; a
-    session is divided by the median over anchors of its time over that anchor's median across sessions. A subject
-    repeated within a session keeps its least time there (the anchors, with statistics that are minima) or its median.
+    session is divided by the median over anchors of its time over that anchor's median across sessions. Sessions in
+    groups ("<session>/<group>") are aligned group by group, by all subjects that several groups have. A subject
+    repeated within a session keeps its least time there (with statistics that are minima) or its median.
     """
     by_chip: dict[str, dict[str, dict[str, list[Measurement]]]] = {}
     for row in rows:
@@ -282,12 +310,41 @@ def _session_ms(rows: Sequence[Measurement]) -> float:
 
 
 def _session_pace(times: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    sessions = {name for by_session in times.values() for name in by_session}
-    anchors = [by for by in times.values() if set(by) == sessions]
+    """By what factor each session was slow; `times` is subject -> session -> ms."""
+    sessions = sorted({name for by_session in times.values() for name in by_session})
+    if any("/" in name for name in sessions):
+        return _group_pace(times, sessions)
+    anchors = [by for by in times.values() if len(by) == len(sessions)]
     if not anchors:
         return dict.fromkeys(sessions, 1.0)
     middle = [float(np.median(list(by.values()))) for by in anchors]
     return {name: float(np.median([by[name] / m for by, m in zip(anchors, middle, strict=True)])) for name in sessions}
+
+
+def _group_pace(times: Mapping[str, Mapping[str, float]], sessions: Sequence[str]) -> dict[str, float]:
+    """Factors of groups of about ten subjects, most of which were measured in other groups too.
+
+    Log times are a subject's plus a group's, by least squares reweighted towards least absolute deviations, so that one
+    disturbed row does not move its group. Without the other subjects, three anchors would carry their own noise into
+    every group.
+    """
+    repeated = [by for by in times.values() if len(by) > 1]
+    place = {name: i for i, name in enumerate(sessions)}
+    rows = np.array([(i, place[name]) for i, by in enumerate(repeated) for name in by]).reshape(-1, 2)
+    logs = np.log([ms for by in repeated for ms in by.values()])
+    weights = np.ones(len(logs))
+    paces, typical = np.zeros(len(sessions)), np.zeros(len(repeated))
+    for _ in range(_PACE_ROUNDS):
+        # Each half of the problem has a closed form given the other; the typical pace is 1.
+        for group, other, values, size in ((0, 1, typical, len(repeated)), (1, 0, paces, len(sessions))):
+            known = paces if other == 1 else typical
+            total = np.bincount(rows[:, group], weights * (logs - known[rows[:, other]]), size)
+            count = np.bincount(rows[:, group], weights, size)
+            np.divide(total, count, out=values, where=count > 0)
+        paces -= np.median(paces)
+        missed = np.abs(logs - typical[rows[:, 0]] - paces[rows[:, 1]])
+        weights = 1.0 / np.maximum(missed, _PACE_NOISE)
+    return {name: float(np.exp(paces[i])) for name, i in place.items()}
 
 
 def noise_floor(found: Iterable[Observation]) -> dict[str, float] | None:

@@ -11,7 +11,7 @@ from nas.op import FEATURES
 from nas.tables import Measurement, Subject
 
 SLUG = "toy--onnxruntime--fp16"
-USED = ("conv.macs", "conv.bytes", "linear.macs", "linear.bytes", "attention.macs", "norm.bytes", "norm.count")
+USED = ("conv.macs", "conv.read", "linear.macs", "linear.read", "attention.macs", "norm.bytes", "norm.count")
 INDEX = [FEATURES.index(name) for name in USED]
 TRUTH = np.array([20.0, 90.0, 30.0, 60.0, 45.0, 150.0, 8.0])
 SHEET = """

@@ -19,7 +19,8 @@ from nas.errors import NasError, UsageError
 from nas.network import block
 
 NAMES = registry.plugins("nas.backends")
-COMPILING = [pytest.param(name, marks=pytest.mark.slow) if name == "tvm" else name for name in NAMES]
+_SLOW = {"torch_compile", "tvm"}  # they compile for many seconds
+COMPILING = [pytest.param(name, marks=pytest.mark.slow) if name in _SLOW else name for name in NAMES]
 
 
 def backend(name: str) -> types.ModuleType:
@@ -63,7 +64,7 @@ def inputs() -> dict[str, Tensor]:
 
 
 def test_the_folder_holds_the_runtimes() -> None:
-    assert {"onnxruntime", "torch_eager", "tvm"} <= set(NAMES)
+    assert {"onnxruntime", "openvino", "torch_compile", "torch_eager", "tvm"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -111,43 +112,17 @@ def test_refuses_what_it_cannot_do_exactly(
 
 def test_a_missing_package_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for name in ("onnxruntime", "tvm"):
+    for name in ("onnxruntime", "openvino", "tvm"):
         reason = registry.load("nas.backends", name).unavailable()
         assert reason is not None
         assert name in reason
         assert "not installed" in reason
 
 
-def test_torch_refuses_another_precision_of_the_module(module: nn.Module, inputs: dict[str, Tensor]) -> None:
-    with pytest.raises(NasError, match="bfloat16"):
-        backend("torch_eager").load(module.bfloat16(), inputs, target("torch_eager"))
-
-
-def test_torch_notices_threads_changed_behind_its_back(
-    module: nn.Module, inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loaded = backend("torch_eager").load(module, inputs, target("torch_eager"))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
-    with pytest.raises(NasError, match="runs on 7 threads"):
-        loaded()
-
-
-@pytest.mark.parametrize(
-    ("providers", "threads", "dtype"),
-    [
-        (["OtherProvider", "CPUExecutionProvider"], 1, "tensor(float)"),
-        (["CPUExecutionProvider"], 0, "tensor(float)"),
-        (["CPUExecutionProvider"], 1, "tensor(float16)"),
-    ],
-)
-def test_onnxruntime_checks_what_the_session_settled_on(providers: list[str], threads: int, dtype: str) -> None:
-    session = types.SimpleNamespace(
-        get_providers=lambda: providers,
-        get_session_options=lambda: types.SimpleNamespace(intra_op_num_threads=threads),
-        get_outputs=lambda: [types.SimpleNamespace(type=dtype)],
-    )
-    with pytest.raises(NasError, match="onnxruntime returns"):
-        backend("onnxruntime")._check(session, target("onnxruntime"))
+@pytest.mark.parametrize("name", NAMES)
+def test_an_option_that_it_does_not_have_is_refused(name: str, module: nn.Module, inputs: dict[str, Tensor]) -> None:
+    with pytest.raises(UsageError, match=r"unknown option 'colour' in \[options\]"):
+        backend(name).load(module, inputs, target(name), {"colour": True})
 
 
 def test_usage_errors_have_their_exit_code(module: nn.Module, inputs: dict[str, Tensor]) -> None:

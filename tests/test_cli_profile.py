@@ -11,6 +11,7 @@ from nas.cli import main
 from nas.cli.names import chosen, name_list, published
 from nas.space import list_spaces, load_space
 from tests.model_configs import KOALA, write
+from tests.profile_cases import Linear
 
 
 @pytest.fixture(autouse=True)
@@ -133,6 +134,32 @@ def test_a_profile_prints_stages_blocks_and_a_whole_image(capsys):
     assert out.splitlines()[-1] == "next: nas profile --space sdxl_unet"
 
 
+@pytest.mark.parametrize("option", ["--device", "--target"])
+def test_a_device_adds_time_by_stage_part_and_operator(capsys, monkeypatch, option):
+    monkeypatch.setattr("nas.latency.load_predictor", lambda slug: Linear())
+    asked = ["profile", "--space", "sd_unet", "--reference", "bk-sdm-tiny", "--resolution", "128", option, "iphone"]
+    code, out, _ = run(capsys, *asked)
+    assert code == 0
+    heads = [line.split() for line in out.splitlines()]
+    assert ["stage", "part", "blocks", "ms", "%", "MACs", "%", "params", "%"] in heads
+    assert ["operator", "operators", "GMACs", "moved", "MB", "ms", "share", "GMAC/s", "GB/s"] in heads
+    assert "The roof of iphone-16-pro-max--coreml--fp16 is" in out
+    assert "of the parameters (" in out.splitlines()[2]
+
+
+@pytest.mark.slow
+def test_measured_stands_beside_predicted(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("nas.latency.load_predictor", lambda slug: Linear())
+    page = tmp_path / "page.html"
+    asked = ["profile", "--space", "decoder", "--reference", "taesd", "--resolution", "64", "--target", "cpu"]
+    code, out, _ = run(capsys, *asked, "--measure", "--out", page)
+    assert code == 0
+    assert "Measured on this machine: " in out
+    assert "timed alone add up to" in out
+    assert "% of them belong to a block" in out
+    assert '<section id="measured">' in page.read_text()
+
+
 def test_references_and_models_stand_side_by_side(capsys, tmp_path):
     model = write(tmp_path / "mine.json", KOALA | {"transformer_layers_per_block": [1, 2, 4]})
     asked = ["profile", "--compare", "koala-700m", "segmind-vega", "--model", model, "--resolution", "128"]
@@ -173,6 +200,10 @@ def test_a_comparison_is_at_the_first_networks_size(capsys):
         (["--space", "sdxl_unet", "--reference", "koala-700m", "--resolution", "100"], 2, "positive multiple of 32 px"),
         (["--model", "ODD", "--steps", "2"], 2, "there is no pipeline whose steps to set"),
         (["--model", "someone/something"], 1, "no model at someone/something"),
+        (["--space", "decoder", "--reference", "taesd", "--measure"], 2, "--measure needs a device"),
+        (["--space", "decoder", "--measure", "--target", "cpu"], 2, "--measure times one network"),
+        (["--space", "sd_unet", "--compare", "sd-v1.5", "bk-sdm-tiny", "--measure"], 2, "--measure times one network"),
+        (["--space", "sd_unet", "--reference", "sd-v1.5", "--measure", "--device", "iphone"], 2, "names no backend"),
     ],
 )
 def test_what_cannot_be_profiled_is_one_sentence(capsys, tmp_path, arguments, code, sentence):

@@ -29,9 +29,14 @@ def test_precision_scales_bytes_only(precision, size):
     assert got.peak_activation_bytes == 80 * size
 
 
+def test_small_weights_do_not_make_activations_small():
+    got = cost(OPS, peak_bytes=320, precision="w8a16")
+    assert (got.weight_bytes, got.peak_activation_bytes) == (110, 160)
+
+
 def test_an_unknown_precision_is_refused_with_the_known():
     with pytest.raises(
-        UsageError, match=r"unknown precision 'fp61'; did you mean 'fp16'\? known: bf16, fp16, fp32, int8"
+        UsageError, match=r"unknown precision 'fp61'; did you mean 'fp16'\? known: bf16, fp16, fp32, int8, w8a16"
     ):
         bytes_per_element("fp61")
 

@@ -21,6 +21,7 @@ from latency_cases import (
 from nas.errors import NasError, UsageError
 from nas.latency import LatencyPredictor, fit
 from nas.latency.calibration import calibrated, chosen, folds, held_out
+from nas.latency.card import residuals_of
 from nas.latency.predictor import EMPIRICAL_FROM
 from nas.latency.problem import problem
 from nas.latency.regression import solve
@@ -53,7 +54,7 @@ def test_intervals_cover_what_they_say_on_networks_never_seen(tmp_path):
         rows, known = simulate(n=26, noise=0.05, seed=10 * seed)
         posed, _ = problem(rows, known, sheet)
         everything = np.ones(len(posed.names), bool)
-        predictor = calibrated(chosen(posed, everything), everything, posed.target_effects)
+        predictor = calibrated(chosen(posed, everything), everything).at(posed.target_effects)
         x = networks(200, 500 + seed)
         truth = (x @ costs()) * np.exp(0.05 * np.random.default_rng(seed).standard_normal(len(x)))
         _, low, high = predictor.predict(x, 0.8)
@@ -239,14 +240,14 @@ def test_residuals_are_of_fits_that_did_not_see_the_network(tmp_path):
     rows, known = simulate(n=7, noise=0.1)
     posed, _ = problem(rows, known, sheet_in(tmp_path))
     everything = np.ones(len(posed.names), bool)
-    predictor = calibrated(posed, everything, posed.target_effects)
+    predictor = calibrated(posed, everything).at(posed.target_effects)
     for i, group in enumerate(posed.groups):
         out = posed.networks == group
         place = solve(posed.rows.take(~out), posed.shrinkage).at(posed.target_effects)
         x = posed.rows.features[out]
         missed = np.log(posed.rows.ms[out] / place.ms(x)) / place.spread(x)
         assert predictor.residuals[i] == pytest.approx(missed[0])
-        assert np.array_equal(predictor.without[i], place.costs)
+        assert predictor.without[i] == pytest.approx(place.costs, rel=1e-5)
 
 
 def test_held_out_rows_are_not_in_the_fit_that_predicts_them(tmp_path):
@@ -257,6 +258,57 @@ def test_held_out_rows_are_not_in_the_fit_that_predicts_them(tmp_path):
     after = {row.name: row.predicted for row in held_out(problem(rows, known, sheet)[0])}
     assert after[rows[4].subject] == before[rows[4].subject]
     assert after[rows[3].subject] != before[rows[3].subject]
+
+
+def test_many_networks_are_left_out_in_parts_and_the_intervals_still_cover(tmp_path):
+    sheet = sheet_in(tmp_path)
+    rows, known = simulate(n=80, noise=0.05, seed=3)
+    posed, _ = problem(rows, known, sheet)
+    everything = np.ones(len(posed.names), bool)
+    predictor = calibrated(posed.shrunk(ridge=0.001), everything).at(posed.target_effects)
+    assert predictor.without.shape == (20, len(FEATURES))
+    assert len(predictor.residuals) == len(predictor.fold) == 80
+    # Each network's residual is of the one fit that left it out.
+    i = 17
+    out = np.isin(posed.networks, np.array(posed.groups)[predictor.fold == predictor.fold[i]])
+    assert not out.all()
+    x = networks(400, 600)
+    truth = (x @ costs()) * np.exp(0.05 * np.random.default_rng(9).standard_normal(len(x)))
+    for level in (0.8, 0.9):
+        _, low, high = predictor.predict(x, level)
+        assert abs(((low <= truth) & (truth <= high)).mean() - level) < 0.08
+    again = LatencyPredictor.from_json(json.loads(json.dumps(predictor.to_json())))
+    assert np.array_equal(again.upper(x, 0.9), predictor.upper(x, 0.9))
+
+
+def test_the_card_keeps_every_row_with_its_residual_and_source(fitted):
+    found = residuals_of(fitted.card)
+    assert len(found) == 24
+    assert {row.source for row in found} == {"simulated"}
+    assert np.mean([abs(row.error) for row in found]) == pytest.approx(fitted.card["held_out"]["mape"])
+    assert all(row.intervals["0.8"][0] < row.predicted < row.intervals["0.8"][1] for row in found)
+    assert all(row.predicted / row.ms - 1 == pytest.approx(row.error) for row in found)
+
+
+def test_the_card_tells_how_old_the_newest_row_is(tmp_path):
+    rows, known = simulate(n=6)
+    sheet = sheet_in(tmp_path)
+    assert fit(rows, known, sheet).card["newest"] is None
+    dated = [measured(row.subject, row.latency_ms, measured_at=f"2024-0{i + 1}") for i, row in enumerate(rows)]
+    assert fit(dated, known, sheet).card["newest"] == "2024-06"
+
+
+def test_a_ratio_of_two_networks_is_surer_than_either(fitted):
+    x = networks(60, 4)
+    near = x * 1.3
+    ratio, low, high = fitted.ratio(near, x, 0.8)
+    assert ratio == pytest.approx(np.full(60, 1.3))
+    assert (low < ratio).all()
+    assert (high > ratio).all()
+    strange = x.copy()
+    strange[:, FEATURES.index("norm.bytes")] *= 50
+    _, lower, higher = fitted.ratio(strange, x, 0.8)
+    assert np.log(higher / lower).mean() > np.log(high / low).mean()
 
 
 def test_the_first_size_with_empirical_quantiles_is_stated():

@@ -91,7 +91,7 @@ def test_spread_grows_on_features_that_no_row_has():
     x = networks(30, 0)
     place = solve(rows_of(x, x @ costs()), shrinkage(0.01)).at(np.zeros(0))
     strange = x[:1].copy()
-    strange[0, FEATURES.index("depthwise.bytes")] = 10 * strange.sum()
+    strange[0, FEATURES.index("depthwise.read")] = 10 * strange.sum()
     assert place.spread(strange)[0] > 2 * place.spread(x[:1])[0]
 
 

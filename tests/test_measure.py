@@ -263,7 +263,7 @@ def test_a_group_that_stays_slow_keeps_its_flag_and_ends(tmp_path: Path, world: 
 
 def test_a_subject_that_returns_nan_is_named(tmp_path: Path, world: World) -> None:
     backend = types.ModuleType("nan")
-    backend.load = lambda module, inputs, target: Loaded(run=lambda: np.array([np.nan]), description={})  # type: ignore[attr-defined]
+    backend.load = lambda module, inputs, target, options: Loaded(run=lambda: np.array([np.nan]), description={})  # type: ignore[attr-defined]
     session = open_session(tmp_path, world, [], backend=backend)
     with pytest.raises(NasError, match=r"subject k \(k\) returns numbers that are not finite"):
         list(session.measure([subject_of("k", 1.0)]))
@@ -284,16 +284,16 @@ def chosen(monkeypatch: pytest.MonkeyPatch, scripted: Scripted, world: World) ->
 
 def test_every_subject_gets_its_sessions_and_a_rerun_does_nothing(tmp_path: Path, chosen: list[Subject]) -> None:
     sheet = sheet_of(tmp_path)
-    summary = measure.run(SPACE, sheet, sessions=2, folder=tmp_path)
-    sessions = measure._sessions_of(sheet.slug, tmp_path)
+    summary = measure.run([SPACE], sheet, sessions=2, folder=tmp_path)
+    sessions = measure._sessions_of(sheet, tmp_path)
     assert {key: len(found) for key, found in sessions.items()} == {s.key: 2 for s in chosen}
     assert len(summary.sessions) == 2
     assert (summary.flagged, summary.skipped, summary.lacking) == (0, 0, 0)
     assert summary.rows == len(tables.read(sheet.slug, tmp_path))
     assert set(tables.subjects(sheet.slug, tmp_path)) == {s.key for s in chosen}
-    again = measure.run(SPACE, sheet, sessions=2, folder=tmp_path)
+    again = measure.run([SPACE], sheet, sessions=2, folder=tmp_path)
     assert (again.rows, again.skipped) == (0, 7)
-    more = measure.run(SPACE, sheet, sessions=3, folder=tmp_path)
+    more = measure.run([SPACE], sheet, sessions=3, folder=tmp_path)
     assert len(more.sessions) == 1
 
 
@@ -305,25 +305,24 @@ def test_a_killed_run_keeps_its_groups_and_measures_only_the_rest(tmp_path: Path
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        measure.run(SPACE, sheet, sessions=1, folder=tmp_path, progress=stop)
-    first = set(measure._sessions_of(sheet.slug, tmp_path))
+        measure.run([SPACE], sheet, sessions=1, folder=tmp_path, progress=stop)
+    first = set(measure._sessions_of(sheet, tmp_path))
     assert 0 < len(first) < len(chosen)
     anchors = {a.key for a in pick_anchors(chosen)}
     before = len(tables.read(sheet.slug, tmp_path))
-    measure.run(SPACE, sheet, sessions=1, folder=tmp_path)
+    measure.run([SPACE], sheet, sessions=1, folder=tmp_path)
     new = {row.subject for row in tables.read(sheet.slug, tmp_path)[before:]}
     assert new - anchors == {s.key for s in chosen} - first - anchors
-    assert set(measure._sessions_of(sheet.slug, tmp_path)) == {s.key for s in chosen}
+    assert set(measure._sessions_of(sheet, tmp_path)) == {s.key for s in chosen}
 
 
 def test_sessions_of_another_machine_do_not_count(
     tmp_path: Path, chosen: list[Subject], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sheet = sheet_of(tmp_path)
-    measure.run(SPACE, sheet, sessions=1, folder=tmp_path)
-    monkeypatch.setattr(measure, "processor", lambda: "another chip")
+    measure.run([SPACE], sheet, sessions=1, folder=tmp_path)
     monkeypatch.setattr("nas.measure.session.processor", lambda: "another chip")
-    summary = measure.run(SPACE, sheet, sessions=1, folder=tmp_path)
+    summary = measure.run([SPACE], sheet, sessions=1, folder=tmp_path)
     assert summary.skipped == 0
     assert summary.rows > 0
     assert {row.chip for row in tables.read(sheet.slug, tmp_path)[-summary.rows :]} == {"another chip"}
@@ -333,7 +332,7 @@ def test_flagged_rows_do_not_count_as_sessions(tmp_path: Path, chosen: list[Subj
     sheet = sheet_of(tmp_path)
     for anchor in pick_anchors(chosen):
         scripted.cpu_ms[anchor.key] = lambda n: 10.0 if n < 10 else 20.0
-    summary = measure.run(SPACE, sheet, sessions=1, folder=tmp_path)
+    summary = measure.run([SPACE], sheet, sessions=1, folder=tmp_path)
     assert summary.flagged == summary.rows > 0
     assert summary.lacking == len(chosen)
 
@@ -343,7 +342,7 @@ def test_sessions_are_kept_apart(tmp_path: Path, chosen: list[Subject], monkeypa
     monkeypatch.setattr("time.sleep", slept.append)
     said: list[str] = []
     sheet = sheet_of(tmp_path, protocol="{ separation_s = 300.0, least_sample_ms = 0.1 }")
-    measure.run(SPACE, sheet, sessions=2, folder=tmp_path, progress=lambda message, done, total: said.append(message))
+    measure.run([SPACE], sheet, sessions=2, folder=tmp_path, progress=lambda message, done, total: said.append(message))
     assert len(slept) == 1
     assert 290 < slept[0] <= 300
     assert any("waiting" in message for message in said)
@@ -351,8 +350,8 @@ def test_sessions_are_kept_apart(tmp_path: Path, chosen: list[Subject], monkeypa
 
 def test_repeatability_is_the_gap_between_sessions(tmp_path: Path, chosen: list[Subject], scripted: Scripted) -> None:
     sheet = sheet_of(tmp_path)
-    measure.run(SPACE, sheet, sessions=1, folder=tmp_path)
-    steady = measure.run(SPACE, sheet, sessions=2, folder=tmp_path)
+    measure.run([SPACE], sheet, sessions=1, folder=tmp_path)
+    steady = measure.run([SPACE], sheet, sessions=2, folder=tmp_path)
     assert steady.repeatability == pytest.approx(0.0, abs=1e-6)
     rows = tables.read(sheet.slug, tmp_path)
     slower = {r.subject: 1.0 + 0.01 * int(r.subject[1]) for r in rows}
@@ -368,13 +367,13 @@ def test_repeatability_is_the_gap_between_sessions(tmp_path: Path, chosen: list[
 def test_a_target_of_published_rows_cannot_be_measured(tmp_path: Path) -> None:
     sheet = replace(sheet_of(tmp_path), backend=None)
     with pytest.raises(NasError, match="test-cpu cannot be measured from here"):
-        measure.run(SPACE, sheet, folder=tmp_path)
+        measure.run([SPACE], sheet, folder=tmp_path)
 
 
 def test_an_unavailable_backend_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nas.backends.onnxruntime.unavailable", lambda: "the package onnxruntime is not installed")
     with pytest.raises(NasError, match="test-cpu cannot be measured here: the package onnxruntime is not installed"):
-        measure.run(SPACE, sheet_of(tmp_path), folder=tmp_path)
+        measure.run([SPACE], sheet_of(tmp_path), folder=tmp_path)
 
 
 # The shipped sheets

@@ -50,7 +50,7 @@ def test_networks_begin_with_the_references_and_keep_the_range(monkeypatch: pyte
 
 def test_none_asked_for_none_chosen() -> None:
     limits = measure.Limits(components=False)
-    assert measure.choose(SPACE, 0, 0, limits=limits) == ()
+    assert measure.choose([SPACE], 0, 0, limits=limits) == ()
 
 
 def test_known_subjects_come_back_the_same_with_fresh_features() -> None:
@@ -59,15 +59,15 @@ def test_known_subjects_come_back_the_same_with_fresh_features() -> None:
         subjects_module.block_subject(spec, SPACE.name, 64, 1)
         for spec in families.network(SPACE.reference("snapgen").space.at_resolution(64).reference("snapgen")).blocks[:4]
     ]
-    recorded = {s.key: replace(measure._table_subject(s), features={"conv.macs": 1.0}, macs=7) for s in drawn}
-    known = sampling.known_subjects(SPACE, recorded, {drawn[0].key: 64}, batch=1)
+    recorded = {s.key: replace(measure.table_subject(s), features={"conv.macs": 1.0}, macs=7) for s in drawn}
+    known = sampling.known_subjects([SPACE], recorded, {drawn[0].key: 64}, batch=1)
     assert [(k.key, k.name, k.macs, k.params) for k in known] == [(d.key, d.name, d.macs, d.params) for d in drawn]
     for again, once in zip(known, drawn, strict=True):
         np.testing.assert_array_equal(again.features, once.features)
     assert [k.resolution_px for k in known] == [64, None, None, None]
     elsewhere = {key: replace(r, spec={**r.spec, "space": "another"}) for key, r in recorded.items()}
-    assert sampling.known_subjects(SPACE, elsewhere, {}, batch=1) == ()
-    chosen = measure.choose(SPACE, 3, 0, limits=limits, known=known)
+    assert sampling.known_subjects([SPACE], elsewhere, {}, batch=1) == ()
+    chosen = measure.choose([SPACE], 3, 0, limits=limits, known=known)
     assert [s.key for s in chosen] == [k.key for k in known[:3]]
 
 
@@ -92,14 +92,14 @@ def test_components_are_those_of_the_pipeline_that_can_be_built() -> None:
 def test_diverse_takes_the_first_then_new_tags_then_the_farthest() -> None:
     points = np.array([[0.0], [1.0], [2.0], [3.0], [10.0]])
     tags: list[set[str]] = [{"a"}, {"b"}, {"a"}, {"b", "c"}, {"a"}]
-    assert sampling._diverse(points, tags, 3, seed=0, first=1) == [0, 3, 4]
-    assert sampling._diverse(points, tags, 99, seed=0, first=1)[:3] == [0, 3, 4]
-    assert sorted(sampling._diverse(points, tags, 99, seed=0)) == [0, 1, 2, 3, 4]
-    assert sampling._diverse(np.zeros((0, 1)), [], 3, seed=0) == []
+    assert sampling.diverse(points, tags, 3, seed=0, first=1) == [0, 3, 4]
+    assert sampling.diverse(points, tags, 99, seed=0, first=1)[:3] == [0, 3, 4]
+    assert sorted(sampling.diverse(points, tags, 99, seed=0)) == [0, 1, 2, 3, 4]
+    assert sampling.diverse(np.zeros((0, 1)), [], 3, seed=0) == []
 
 
 def test_log_scale_counts_ratios_alike_and_keeps_zero_apart() -> None:
-    scaled = sampling._log_scaled(np.array([[0.0], [1000.0], [2000.0], [4000.0]]))
+    scaled = sampling.log_scaled(np.array([[0.0], [1000.0], [2000.0], [4000.0]]))
     steps = np.diff(scaled[:, 0])
     assert steps[1] < steps[2] < 1.5 * steps[1]
     assert steps[0] > 0

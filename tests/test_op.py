@@ -13,11 +13,12 @@ def _named(vector: np.ndarray) -> dict[str, float]:
     return {name: value for name, value in zip(FEATURES, vector.tolist(), strict=True) if value}
 
 
-def test_every_kind_has_bytes_and_count_and_only_multiplying_kinds_have_macs():
-    expected = {f"{kind}.{part}" for kind in KINDS for part in ("bytes", "count")}
-    expected |= {f"{kind}.macs" for kind in ("conv", "pointwise", "depthwise", "linear", "attention")}
-    assert set(FEATURES) == expected
-    assert len(FEATURES) == len(set(FEATURES)) == 29
+def test_every_kind_has_what_it_moves_and_its_count_and_only_multiplying_kinds_have_macs():
+    for kind in KINDS:
+        moved = ("read", "written") if kind in MULTIPLYING else ("bytes",)
+        assert {f"{kind}.{name}" for name in (*moved, "far", "count")} <= set(FEATURES)
+        assert (f"{kind}.macs" in FEATURES) == (kind in MULTIPLYING)
+    assert len(FEATURES) == len(set(FEATURES)) == 47
 
 
 def test_features_are_sums_in_giga_and_thousands():
@@ -34,18 +35,42 @@ def test_features_are_sums_in_giga_and_thousands():
     ]
     vector = features(iter(ops))
     assert vector.dtype == np.float64
-    assert _named(vector) == pytest.approx(
-        {"conv.macs": 3.0, "conv.bytes": 3.5, "conv.count": 0.002, "softmax.bytes": 0.5, "softmax.count": 0.001}
+    named = _named(vector)
+    far = {name: named.pop(name) for name in ("conv.far", "softmax.far")}
+    assert named == pytest.approx(
+        {
+            "conv.macs": 3.0,
+            "conv.read": 3.0,
+            "conv.written": 0.5,
+            "conv.count": 0.002,
+            "softmax.bytes": 0.5,
+            "softmax.count": 0.001,
+        }
     )
+    assert far == pytest.approx({"conv.far": 3.5 * np.log2(3.5e9 / 2**22), "softmax.far": 0.5 * np.log2(0.5e9 / 2**22)})
+
+
+def test_what_stays_within_four_mebibytes_is_not_far():
+    assert "norm.far" not in _named(features([Op(kind="norm", read_bytes=2**21, written_bytes=2**21)]))
+    further = _named(features([Op(kind="norm", read_bytes=2**22, written_bytes=2**22)]))
+    assert further["norm.far"] == pytest.approx(further["norm.bytes"])  # one doubling
+    twice = _named(features([Op(kind="norm", read_bytes=2**22)] * 2))
+    assert "norm.far" not in twice, "told by operator, not by their sum"
+
+
+@pytest.mark.parametrize(("shape", "few"), [((1, 16, 8), True), ((1, 17, 8), False), ((2, 9, 8), False), ((8,), True)])
+def test_linear_layers_over_few_rows_are_told_apart(shape, few):
+    named = _named(features([Op(kind="linear", macs=10**9, shape=shape)]))
+    assert named == pytest.approx({"linear.few_macs" if few else "linear.macs": 1.0, "linear.count": 0.001})
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_kind_lands_in_its_own_features(kind: str):
     macs = 10**9 if kind in MULTIPLYING else 0
-    named = _named(features([Op(kind=kind, macs=macs, read_bytes=10**9)]))
-    assert named == pytest.approx(
-        {f"{kind}.bytes": 1.0, f"{kind}.count": 0.001} | ({f"{kind}.macs": 1.0} if macs else {})
-    )
+    named = _named(features([Op(kind=kind, macs=macs, read_bytes=2**20)]))
+    moved = 2**20 / 1e9
+    expected = {f"{kind}.macs": 1.0, f"{kind}.read": moved} if macs else {f"{kind}.bytes": moved}
+    assert named == pytest.approx(expected | {f"{kind}.count": 0.001})
 
 
 def test_features_of_a_network_are_the_sum_of_its_blocks():

@@ -4,44 +4,28 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
 from nas import families
-from nas.op import FEATURES
+from nas.device import find_target
+from nas.op import FEATURES, Op
 from nas.page import as_json
 from nas.pricing import Pricer
-from nas.profile import candidate_subject, profile, profile_page, profile_space, space_page, with_pipeline
+from nas.profile import Roof, candidate_subject, profile, profile_page, profile_space, space_page, with_pipeline
 from nas.profile.counters import count
-from nas.profile.network import OPERATIONS, stage
-from nas.profile.network_page import treemap
+from nas.profile.measured import Measured
+from nas.profile.network_figures import icicle, roofline_figure, shares_figure, times_figure
+from nas.profile.operators import OPERATIONS, PARTS, part, stage
+from nas.profile.shares import headline, holders
+from nas.profile.statements import measured_statements, roof_statements
 from nas.profile.words import change, difference
 from nas.space import load_space
-
-
-class Linear:
-    """A predictor that is a product: what a profile needs of one."""
-
-    target = "a-device--a-runtime--fp16"
-    costs = np.linspace(0.5, 1.5, len(FEATURES))
-
-    def contributions(self, features):
-        return features @ self.costs
-
-    def predict(self, features, confidence=0.8):
-        ms = features @ self.costs
-        return ms, 0.9 * ms, 1.2 * ms
-
-    def lower(self, features, confidence=0.8):
-        return 0.9 * features @ self.costs
-
-    def upper(self, features, confidence=0.8):
-        return 1.2 * features @ self.costs
-
-    def warnings(self, features):
-        return ("far outside what was fitted",)
+from tests.profile_cases import Linear
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +42,27 @@ def candidate(space):
 @pytest.fixture(scope="module")
 def snapgen(candidate):
     return profile(candidate_subject(candidate, "snapgen", reference="snapgen"), Linear(), precision="fp16")
+
+
+@pytest.fixture(scope="module")
+def timed(candidate):
+    """With a roof, and measured: each block takes twice its prediction alone, the whole a little more."""
+    found = profile(candidate_subject(candidate, "snapgen"), Linear(), sheet=find_target("iphone"), precision="fp16")
+    alone = {name: 2 * ms for name, ms in zip(found.blocks["name"], found.blocks["step_ms"], strict=True)}
+    measured = Measured(
+        whole_ms=2.2 * found.latency.ms,
+        samples_ms=(1.0,) * 7,
+        cpu_samples_ms=(1.0,) * 7,
+        blocks_ms=alone,
+        distinct=3,
+        statistic="min_cpu",
+        protocol="min_cpu of >= 7",
+        contention=1.25,
+        environment={"runtime": "a-runtime", "threads": 1},
+        chip="this chip",
+        other_chip="that chip",
+    )
+    return replace(found, measured=measured)
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +152,98 @@ def test_a_space_without_a_pipeline_has_no_whole_image():
     assert found.subject.call == "decoder call"
 
 
+# Operators, parts, roof and shares
+
+
+def test_operators_add_up_to_blocks(snapgen):
+    parts = snapgen.operators.groupby("block", sort=False)[["macs", "params", "bytes", "step_ms", "share"]].sum()
+    blocks = snapgen.blocks.set_index("name")
+    assert parts["macs"].tolist() == blocks["macs"].tolist()
+    assert parts["params"].tolist() == blocks["params"].tolist()
+    np.testing.assert_allclose(parts["step_ms"], blocks["step_ms"], rtol=1e-12)
+    np.testing.assert_allclose(parts["bytes"], blocks["weight_bytes"] + blocks["activation_bytes"], atol=20)
+    kinds = snapgen.kinds
+    assert kinds["step_ms"].is_monotonic_decreasing
+    assert kinds["share"].sum() == pytest.approx(1.0)
+    assert kinds.loc["attention", "macs"] == snapgen.operations["attention"]
+
+
+def test_a_kind_of_operator_costs_what_its_features_do(snapgen):
+    softmax = snapgen.operators.query("operator == 'softmax'")
+    bytes_at = FEATURES.index("softmax.bytes")
+    expected = 2 * softmax["bytes"].sum() / 1e9 * Linear.costs[bytes_at]  # bytes at fp16, features at fp32
+    expected += softmax["count"].sum() / 1e3 * Linear.costs[bytes_at + 1]
+    assert softmax["step_ms"].sum() == pytest.approx(expected)
+
+
+def test_parts_are_told_by_place_kind_and_attention():
+    blocks = {b.name: b for b in families.network(load_space("sd_unet").reference("sd-v1.5")).blocks}
+    found = {name: part(block, ()) for name, block in blocks.items()}
+    assert found["down_blocks.0.resnets.0"] == "resnets"
+    assert found["down_blocks.0.attentions.0"] == "transformers"
+    assert found["down_blocks.0.downsamplers.0"] == found["up_blocks.1.upsamplers.0"] == "samplers"
+    assert found["conv_in"] == found["time_embedding"] == found["head"] == "other"
+    assert part(blocks["head"], [Op(kind="attention", macs=1)]) == "transformers"
+
+
+def test_a_roof_is_the_sheets(timed):
+    sheet = find_target("iphone")
+    roof = Roof.of(sheet)
+    assert roof.gmac_s == pytest.approx(1e3 / sheet.roofline["ms_per_gmac"])
+    assert roof.gb_s == pytest.approx(1e3 / sheet.roofline["ms_per_gb"])
+    assert roof.source in "; ".join(sheet.sources)
+    assert roof.least_ms(1e9, 0) == pytest.approx(sheet.roofline["ms_per_gmac"])
+    assert roof.least_ms(1e6, 1e9) == pytest.approx(sheet.roofline["ms_per_gb"])
+    rates = timed.rates
+    np.testing.assert_allclose(rates["predicted_of_roof"], 2 * rates["measured_of_roof"])
+    at = rates.loc["down_blocks.1.resnets.0"]
+    assert at["predicted_of_roof"] == pytest.approx(roof.least_ms(at["macs"], at["bytes"]) / at["predicted_ms"])
+    above = int((rates["measured_of_roof"] > 1).sum())
+    assert any(f"{above} of {len(rates)} blocks lie above" in s for s in roof_statements(timed)) == (above > 0)
+
+
+def test_shares_add_up_and_the_headline_is_computed_from_them(snapgen):
+    found = snapgen.shares
+    for measure in ("params", "macs", "step_ms"):
+        assert found[measure].sum() == pytest.approx(1.0)
+    assert found["blocks"].sum() == len(snapgen.blocks)
+    table = pd.DataFrame(
+        {
+            "stage": ["in", "down.0", "down.1", "down.1", "up.0", "up.1"],
+            "part": ["other", "resnets", "resnets", "transformers", "transformers", "resnets"],
+            "params": [0.01, 0.09, 0.1, 0.4, 0.35, 0.05],
+            "macs": [0.0, 0.3, 0.1, 0.1, 0.2, 0.3],
+            "activation_bytes": [np.nan] * 6,
+            "step_ms": [0.0, 0.2, 0.1, 0.25, 0.3, 0.15],
+        }
+    )
+    assert holders(table) == ("down.1", "up.0")
+    assert headline(table) == (
+        "down.1 and up.0 hold 85 % of the parameters (75 % in transformers) and take 65 % of the time;"
+        " transformers take 55 % of the time, resnets 45 %"
+    )
+    untimed = headline(table.assign(step_ms=np.nan))
+    assert "take 40 % of the MACs; resnets take 70 % of the MACs, transformers 30 %" in untimed
+    spread = pd.DataFrame(
+        {"stage": [f"s{i}" for i in range(20)], "part": "transformers", "params": 0.05, "macs": 0.05}
+    ).assign(activation_bytes=np.nan, step_ms=0.05)
+    assert holders(spread) == ()
+    assert headline(spread).startswith("transformers hold 100 % of the parameters; transformers take")
+
+
+def test_what_was_measured_is_said(timed):
+    said = " ".join(measured_statements(timed))
+    assert "−55 % against measured, which lies outside the 80 % interval" in said
+    assert "(3 distinct) timed alone" in said
+    assert f"{100 / 1.1:.0f} % of the whole" in said
+    assert "another chip (that chip)" in said
+    data = json.loads(json.dumps(timed.to_json(), allow_nan=False))
+    assert data["measured"]["block_sum_over_whole"] == pytest.approx(1 / 1.1)
+    assert data["roof"]["gmac_s"] == timed.roof.gmac_s
+    assert {"shares", "kinds", "operators", "rates", "headline"} <= set(data)
+    assert measured_statements(replace(timed, measured=None)) == []
+
+
 # Pages
 
 
@@ -154,17 +251,47 @@ def drawn(content):
     return go.Figure(json.loads(re.sub(r'"@\w+"', '"#123456"', as_json(content))))
 
 
-def test_treemap_areas_add_up(snapgen):
-    for measure in ("step_ms", "macs", "params"):
-        trace = drawn(treemap(snapgen.blocks, measure)).data[0]
+def test_icicle_heights_add_up(timed):
+    for measure in ("step_ms", "macs", "params", "bytes"):
+        trace = drawn(icicle(timed, measure)).data[0]
         inside = {}
-        for name, parent, value in zip(trace.ids, trace.parents, trace.values, strict=True):
+        for parent, value in zip(trace.parents, trace.values, strict=True):
             inside[parent] = inside.get(parent, 0) + value
-            assert not parent or name.startswith(parent)
-        assert inside.pop("") == pytest.approx(snapgen.blocks[measure].sum())
+        whole = inside.pop("")
+        assert whole == pytest.approx(timed.operators[measure].sum())
         for name, value in zip(trace.ids, trace.values, strict=True):
-            assert inside.pop(name, value) == pytest.approx(value)
+            if "/" not in name:  # operators of less than a ten-thousandth are left out
+                assert value - 12e-4 * whole <= inside.pop(name, 0.0) <= value * (1 + 1e-9)
         assert not inside
+
+
+def test_shares_are_bars_of_all(timed):
+    for column in ("part", "stage"):
+        figure = drawn(shares_figure(timed.shares, column))
+        for row in range(3):
+            assert sum(trace.x[row] for trace in figure.data) == pytest.approx(100)
+    names = [trace.name for trace in drawn(shares_figure(timed.shares, "part")).data]
+    assert names == [name for name in PARTS if name in set(timed.blocks["part"])]
+
+
+def test_blocks_stand_under_the_roof_where_they_run(timed):
+    line, *points = drawn(roofline_figure(timed)).data
+    roof = timed.roof
+    assert (max(line.y), line.x[1]) == (roof.gmac_s, pytest.approx(roof.gmac_s / roof.gb_s))
+    placed = {name: (x, y) for trace in points for name, x, y in zip(trace.ids, trace.x, trace.y, strict=True)}
+    blocks = timed.blocks[timed.blocks["macs"] > 0].set_index("name")
+    assert len(placed) == 2 * len(blocks)
+    for name, row in blocks.iterrows():
+        x, y = placed[f"{name} predicted"]
+        assert x == pytest.approx(row["macs"] / (row["weight_bytes"] + row["activation_bytes"]))
+        assert y == pytest.approx(row["macs"] / 1e6 / row["step_ms"])
+        assert placed[f"{name} measured"] == (pytest.approx(x), pytest.approx(y / 2))
+
+
+def test_times_stand_side_by_side(timed):
+    series = {trace.name: dict(zip(trace.y, trace.x, strict=True)) for trace in drawn(times_figure(timed)).data}
+    assert set(series) == {"predicted", "measured alone"}
+    assert series["measured alone"]["conv_in"] == pytest.approx(2 * series["predicted"]["conv_in"])
 
 
 def test_difference():
@@ -178,9 +305,7 @@ def test_change():
 
 
 @pytest.mark.parametrize("kind", ["network", "space"])
-def test_pages_are_whole_and_offline(kind, snapgen, whole, tmp_path):
-    from dataclasses import replace
-
+def test_pages_are_whole_and_offline(kind, snapgen, timed, whole, tmp_path):
     path = tmp_path / "page.html"
     counted = replace(with_pipeline(snapgen), counts=tuple(count(snapgen.subject.spec, "nas")))
     written = profile_page(counted, path) if kind == "network" else space_page(whole, path)
@@ -188,7 +313,7 @@ def test_pages_are_whole_and_offline(kind, snapgen, whole, tmp_path):
     page = path.read_text()
     body = page[page.index("<body>") :]
     contents = re.findall(r'class="figure-data">(.*?)</script>', body)
-    assert len(contents) == (4 if kind == "network" else 5)
+    assert len(contents) == (6 if kind == "network" else 5)
     for content in contents:
         assert drawn(json.loads(content)).data
     assert not re.search(r"<(?:script|link|img|iframe)[^>]+(?:src|href)\s*=", body)
@@ -199,8 +324,14 @@ def test_pages_are_whole_and_offline(kind, snapgen, whole, tmp_path):
         tables = [re.search(rf'<section id="{slug}">.*?</section>', body, re.DOTALL) for slug in ("stages", "blocks")]
         rows = [found.group().count("<tr>") - 1 for found in tables]
         assert rows == [len(snapgen.stages), len(snapgen.blocks)]
-        for slug in ("pipeline", "counters", "choices"):
+        for slug in ("pipeline", "counters", "choices", "kinds", "glance"):
             assert f'<section id="{slug}">' in body
+        assert '<section id="measured">' not in body
+        assert f'<p class="headline">{snapgen.headline}.</p>' in body
+        more = profile_page(timed, path).read_text()
+        assert len(re.findall('class="figure-data">', more)) == len(contents) + 2
+        assert "this chip" in more
+        assert '<section id="roof">' in more
     else:
         assert "24 of them drawn uniformly" in body
         assert f"{whole.space.count:,} distinct candidates" in body

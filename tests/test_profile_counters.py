@@ -11,7 +11,8 @@ import torch
 from nas.build import build, example_inputs
 from nas.network import NetworkSpec
 from nas.profile.counters import FVCORE, FVCORE_SDPA, LEAVES_OUT, OURS, THOP, TORCH, _Called, count, count_all
-from nas.profile.network import OPERATIONS, profile
+from nas.profile.network import profile
+from nas.profile.operators import OPERATIONS
 from nas.profile.subject import Subject, candidate_subject
 from nas.space import load_space
 
@@ -38,12 +39,21 @@ def test_every_counter_runs_and_differs_by_what_it_leaves_out(space: str, refere
     assert abs(found[THOP].macs - (ours - attention)) < 0.02 * ours
     assert found[OURS].params == sum(p.numel() for p in build(network.spec, "meta").parameters())
     assert {name: c.leaves_out for name, c in found.items()} == LEAVES_OUT
+    missed = f"{attention / 1e9:.1f} of {ours / 1e9:.1f} GMAC, {100 * attention / ours:.1f} %"
+    for name in (THOP, FVCORE):
+        rest = found[name].macs - (ours - attention)
+        said = f"leaves out attention matmuls: {missed}" if attention else "no attention to leave out"
+        assert found[name].why.startswith(f"{said}; ")
+        assert (f"{rest / 1e9:+.3g} GMAC".replace("-", "−") if rest else "otherwise equal") in found[name].why
+    assert found[FVCORE_SDPA].why.startswith(f"given a rule for attention ({missed}), ")
+    assert found[TORCH].why.startswith("counts what we count; ")
 
 
 def test_thop_counts_what_the_publisher_of_bk_sdm_counted_with_it():
     # https://github.com/Nota-NetsPresso/BK-SDM/issues/53: 338,749,194,240 MACs of Stable Diffusion 1.4.
     (found,) = count(candidate_subject(load_space("sd_unet").published("sd-v1.5")).spec, THOP)
     assert found.macs == 338_749_194_240
+    assert found.why.startswith("leaves out attention matmuls: 63.0 of 401.6 GMAC, 15.7 %; ")
 
 
 def first_blocks(count: int) -> NetworkSpec:
@@ -78,6 +88,7 @@ def test_a_counter_that_is_not_installed_says_so(monkeypatch):
     (found,) = count(first_blocks(2), THOP)
     assert found.macs is None
     assert found.leaves_out.startswith("could not run: ")
+    assert found.why == found.leaves_out
 
 
 def test_operation_groups_hold_every_kind_that_multiplies():

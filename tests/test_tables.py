@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from nas import tables
+from nas.device import load_sheet
 from nas.errors import NasError
 from nas.op import FEATURES
 from nas.tables import Measurement, Subject
@@ -114,9 +115,69 @@ def test_the_hash_follows_rows_subjects_and_sheet(tmp_path):
     seen.add(tables.inputs_sha(SLUG, tmp_path))
     tables.write_subjects(SLUG, [Subject(key="a", kind="network", name="A")], tmp_path)
     seen.add(tables.inputs_sha(SLUG, tmp_path))
-    (tmp_path / f"{SLUG}.toml").write_text("x = 1\n")
+    (tmp_path / f"{SLUG}.toml").write_text('device = "toy"\nruntime = "onnxruntime"\nprecision = "fp32"\n')
     seen.add(tables.inputs_sha(SLUG, tmp_path))
-    assert len(seen) == 4
+    (tmp_path / f"{SLUG}.ratios.csv").write_text("subject\n")
+    seen.add(tables.inputs_sha(SLUG, tmp_path))
+    assert len(seen) == 5
+
+
+MEMBER = "toy-two--onnxruntime--fp32"
+HEAD = 'device = "toy"\nchip = "chip"\nruntime = "onnxruntime"\nprecision = "fp32"\n[chips]\nchip = {}\nother = {}\n'
+
+
+def family(folder, **changes):
+    """A family's sheet and one member's."""
+    values = {"device": "toy-two", "chip": "other", "runtime": "onnxruntime", "precision": "fp32", "family": SLUG}
+    (folder / f"{SLUG}.toml").write_text(HEAD)
+    lines = "".join(f'{key} = "{value}"\n' for key, value in {**values, **changes}.items())
+    (folder / f"{MEMBER}.toml").write_text(lines)
+
+
+def test_a_member_reads_its_familys_table_behind_its_own(tmp_path):
+    family(tmp_path)
+    tables.append(SLUG, [row("a"), row("b")], tmp_path)
+    tables.write_subjects(SLUG, [Subject(key=key, kind="network", name=key) for key in "ab"], tmp_path)
+    assert [r.subject for r in tables.read(MEMBER, tmp_path)] == ["a", "b"]
+    assert set(tables.subjects(MEMBER, tmp_path)) == {"a", "b"}
+    before = tables.inputs_sha(MEMBER, tmp_path)
+    own = row("c", target=MEMBER, chip="other")
+    tables.append(MEMBER, [own], tmp_path)
+    tables.append(MEMBER, [row("d", target=MEMBER, chip="other")], tmp_path)
+    tables.write_subjects(MEMBER, [Subject(key="a", kind="network", name="nearer")], tmp_path)
+    assert [r.subject for r in tables.read(MEMBER, tmp_path)] == ["c", "d", "a", "b"]
+    assert [r.subject for r in tables.read(SLUG, tmp_path)] == ["a", "b"]
+    assert tables.subjects(MEMBER, tmp_path)["a"].name == "nearer"
+    assert tables.subjects(SLUG, tmp_path)["a"].name == "a"
+    after = tables.inputs_sha(MEMBER, tmp_path)
+    tables.append(SLUG, [row("e")], tmp_path)
+    assert len({before, after, tables.inputs_sha(MEMBER, tmp_path)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"family": "toi--onnxruntime--fp32"}, "unknown family 'toi--onnxruntime--fp32'"),
+        ({"chip": "newest"}, "unknown chip 'newest'"),
+        ({"family": MEMBER}, "is itself a member"),
+    ],
+)
+def test_a_member_that_does_not_fit_its_family_is_refused(tmp_path, changes, said):
+    family(tmp_path, **changes)
+    with pytest.raises(NasError, match=said):
+        load_sheet(tmp_path / f"{MEMBER}.toml")
+
+
+def test_a_member_says_nothing_that_is_its_familys(tmp_path):
+    family(tmp_path)
+    path = tmp_path / f"{MEMBER}.toml"
+    path.write_text(path.read_text() + "[fit]\nchip_sd = 0.3\n")
+    with pytest.raises(NasError, match=f"fit is the family's, and stands in {SLUG}.toml"):
+        load_sheet(path)
+    path.write_text(path.read_text().replace("[fit]\nchip_sd = 0.3\n", "threads = 2\n"))
+    path = path.rename(tmp_path / f"{MEMBER}--t2.toml")
+    with pytest.raises(NasError, match="threads must be the family's, None, got 2"):
+        load_sheet(path)
 
 
 def by_subject(rows):
@@ -171,6 +232,8 @@ def test_shipped_tables_are_readable_and_complete():
     """Every used row of every shipped table has features, and every row its source."""
     folder = tables.table_path("x", "").parent
     for path in folder.glob("*.csv"):
+        if path.name.endswith(".ratios.csv"):
+            continue
         subjects = tables.subjects(path.stem)
         for measured in tables.read(path.stem):
             assert measured.source

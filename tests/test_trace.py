@@ -289,7 +289,7 @@ def test_batches_are_kept_apart(fresh):
 def test_other_code_never_meets_an_old_trace(fresh, monkeypatch):
     block_trace(transformer())
     assert cache.load(transformer(), 1) is not None
-    monkeypatch.setattr(cache, "_code", lambda kind: "another version")
+    monkeypatch.setattr(cache, "code_hash", lambda kind: "another version")
     assert cache.load(transformer(), 1) is None
 
 

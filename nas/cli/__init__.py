@@ -13,7 +13,7 @@ import typer
 from typer.exceptions import TyperException
 
 from nas import __version__
-from nas.cli import browse, cost, handover, inherit, profiles, search
+from nas.cli import browse, cost, export, handover, inherit, profiles, search
 from nas.cli.console import StoppedError, note
 from nas.errors import NasError
 
@@ -52,7 +52,7 @@ for verb in (
     inherit.inherit,
     handover.train,
     handover.sample,
-    handover.export,
+    export.export,
 ):
     app.command()(verb)
 

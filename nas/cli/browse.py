@@ -1,30 +1,28 @@
-"""`nas spaces` and `nas devices`: what there is to search and to search for.
+"""`nas spaces`: what there is to search.
 
-The lists do not import torch; `nas spaces show` does, to compute what the references have.
+The list does not import torch; `nas spaces show` does, to compute what the references have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nas.cli.console import cell, closing, result, result_json, table
+from nas.cli.console import closing, result, result_json, table
+from nas.cli.devices import devices
 from nas.cli.names import after_space
-from nas.errors import NasError
 
 if TYPE_CHECKING:
-    from nas.device import DeviceSheet
     from nas.pricing.references import ReferenceFigures
     from nas.space import SearchSpace
+
+__all__ = ["devices", "spaces"]
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 spaces = typer.Typer(help="List the search spaces; `show NAME` prints one.", invoke_without_command=True)
-devices = typer.Typer(
-    help="List the target devices; `show NAME` prints a predictor's card.", invoke_without_command=True
-)
 
 
 @spaces.callback()
@@ -210,132 +208,4 @@ def _reference_record(found: ReferenceFigures) -> dict[str, Any]:
         ],
         "choices": dict(reference.choices),
         "source": reference.source,
-    }
-
-
-@devices.callback()
-def list_all_devices(context: typer.Context, as_json: Json = False) -> None:
-    """List the target devices; `show NAME` prints a predictor's card."""
-    if context.invoked_subcommand is not None:
-        return
-    from nas.device import list_targets
-
-    sheets = list_targets()
-    if as_json:
-        result_json([_device_record(sheet) for sheet in sheets])
-        return
-    rows = []
-    for sheet in sheets:
-        card, _ = _card(sheet)
-        held_out = card.get("held_out", {})
-        rows.append(
-            (
-                sheet.alias,
-                sheet.slug,
-                sheet.backend or "published rows",
-                card.get("networks"),
-                card.get("blocks"),
-                _percent(held_out.get("mape")),
-                held_out.get("kendall"),
-            )
-        )
-    header = ("device", "target", "measured by", "networks", "blocks", "held-out error", "Kendall tau")
-    result(table(header, rows, left=3))
-    closing(following=f"nas devices show {sheets[0].alias}" if sheets else None)
-
-
-@devices.command("show")
-def show_device(
-    name: Annotated[str, typer.Argument(help="A device's alias or full target name.")], as_json: Json = False
-) -> None:
-    """Print one device: its sheet and its latency predictor's card."""
-    from nas.device import find_target
-
-    sheet = find_target(name)
-    if as_json:
-        result_json(_device_record(sheet))
-        return
-    result(f"{sheet.slug}: {sheet.summary}")
-    result(f"chip {sheet.chip or 'not stated'}; aliases {', '.join(sheet.aliases) or 'none'}")
-    card, missing = _card(sheet)
-    result(f"\n{missing}" if missing else f"\n{card_text(card)}")
-    result("\nsources")
-    for source in sheet.sources:
-        result(f"  {source}")
-    result(f"file {sheet.path}")
-    if missing and sheet.backend:
-        closing(following=f"nas measure --space snapgen_unet --target {sheet.alias}")
-    else:
-        closing(following=f"nas profile --space snapgen_unet --reference snapgen --device {sheet.alias}")
-
-
-def card_text(card: Mapping[str, Any]) -> str:
-    """A predictor's card as lines: what it was fitted on, how wrong it is on networks it has not seen, and where."""
-    held_out = card["held_out"]
-    worst = held_out["worst"]
-    low, high = card["fitted_range_ms"]
-    lines = [
-        ("rows", f"{card['rows']} ({card['networks']} networks, {card['blocks']} blocks)"),
-        ("excluded", f"{card.get('excluded', 0)} flagged or excluded rows"),
-        ("sessions", cell(card.get("sessions"))),
-        ("fitted range", f"{cell(low)} to {cell(high)} ms"),
-        (f"held out ({held_out['method']})", f"{held_out['rows']} networks"),
-        ("  mean error (MAPE)", _percent(held_out["mape"])),
-        ("  within 5 / 10 %", f"{_percent(held_out['within_5'])} / {_percent(held_out['within_10'])}"),
-        ("  Kendall tau", cell(held_out["kendall"])),
-        ("  Spearman rho", cell(held_out["spearman"])),
-        ("  worst", f"{worst['subject']} {worst['chip'] or ''} {worst['error']:+.1%}"),
-        *(
-            (
-                f"  coverage {level}",
-                f"{_percent(found['measured'])} of {found['rows']} (nominal {found['nominal']:.0%})",
-            )
-            for level, found in held_out["coverage"].items()
-        ),
-        ("interval", f"{card['interval']['method']}, {card['interval']['networks']} networks left out in turn"),
-        ("noise floor", _noise(card.get("noise_floor"))),
-        ("never seen", ", ".join(card["never_seen"]) or "nothing: every operator kind has been fitted"),
-    ]
-    if card.get("chips"):
-        lines.append(
-            ("chips (times slower)", ", ".join(f"{name} {factor:.2f}" for name, factor in card["chips"].items()))
-        )
-    width = max(len(name) for name, _ in lines)
-    return "\n".join(f"{name.ljust(width)}  {value}".rstrip() for name, value in lines)
-
-
-def _noise(floor: Mapping[str, float] | None) -> str:
-    if floor is None:
-        return "not known: no network has two sessions"
-    deviation = _percent(floor["mean_deviation"])
-    return f"{deviation} mean deviation between sessions, {floor['subjects']:.0f} subjects"
-
-
-def _percent(share: float | None) -> str | None:
-    return None if share is None else f"{share:.1%}"
-
-
-def _card(sheet: DeviceSheet) -> tuple[dict[str, Any], str | None]:
-    """The card of a device's predictor, or none and why there is none."""
-    from nas.latency import load_predictor
-
-    try:
-        return dict(load_predictor(sheet.slug).card), None
-    except NasError as error:
-        return {}, error.message
-
-
-def _device_record(sheet: DeviceSheet) -> dict[str, Any]:
-    card, missing = _card(sheet)
-    return {
-        "device": sheet.alias,
-        "target": sheet.slug,
-        "aliases": list(sheet.aliases),
-        "chip": sheet.chip,
-        "summary": sheet.summary,
-        "backend": sheet.backend,
-        "predictor": card or None,
-        "predictor_missing": missing,
-        "sources": list(sheet.sources),
-        "path": sheet.path,
     }

@@ -1,10 +1,10 @@
-"""`nas train`, `nas sample`, `nas export`: what happens to a candidate after it was chosen."""
+"""`nas train`, `nas sample`: what happens to a candidate after it was chosen."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -13,25 +13,16 @@ from nas.cli.console import (
     closing,
     command_line,
     duration,
-    note,
     result,
     result_json,
     resumable,
     table,
 )
-from nas.cli.names import chosen
-from nas.errors import NasError, UsageError, unknown
-
-if TYPE_CHECKING:
-    from nas.build import Network
-    from nas.space import Candidate
+from nas.errors import NasError, unknown
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 RUNS = Path("runs")
-
-# Largest absolute difference allowed between the exported file and torch; outputs are of the order of 1.
-_PARITY = 1e-3
 
 
 def train(
@@ -144,99 +135,3 @@ def sample(
         result(", ".join(f"{name} {share:.1%}" for name, share in found.scores.items()))
     weights = source / "network.safetensors" if source.is_dir() else source
     closing(wrote=found.grid, following=f"nas export {weights}", as_json=as_json)
-
-
-def export(
-    subject: Annotated[
-        str | None,
-        typer.Argument(help="STUDY#CANDIDATE, a .safetensors file of nas, or a folder of nas inherit or diffusers."),
-    ] = None,
-    space: Annotated[
-        str | None, typer.Option(help="Instead of a study: a space, with --reference or --candidate.")
-    ] = None,
-    reference: Annotated[str | None, typer.Option(help="A published network of the space.")] = None,
-    candidate: Annotated[str | None, typer.Option(help="name=value,… ; the rest is taken from --reference.")] = None,
-    resolution: Annotated[int | None, typer.Option(metavar="PX", help="Image side instead of the space's.")] = None,
-    file_format: Annotated[str, typer.Option("--format", help="A file of nas/exporters/.")] = "onnx",
-    seed: Annotated[int, typer.Option(min=0, help="Of the weights, where none are trained.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="The file to write (default exports/NAME.FORMAT).")] = None,
-    as_json: Json = False,
-) -> None:
-    """Write a network for a runtime. The file's output is checked against torch."""
-    import torch
-
-    from nas import registry
-    from nas.build import example_inputs
-
-    exporter = registry.load("nas.exporters", file_format)
-    reason = exporter.unavailable()
-    if reason is not None:
-        raise NasError(f"format {file_format} cannot be written here: {reason}")
-    if not hasattr(exporter, "verify"):
-        raise UsageError(
-            f"format {file_format} has no parity check of its own; nas measure uses it, nas export does not"
-        )
-    with Progress("export") as progress:
-        progress("build", 0, 1, "the network and its weights")
-        network, name = _network(subject, space, reference, candidate, resolution, seed)
-        path = _exports_file(out, name, file_format)
-        inputs = example_inputs(network.spec, generator=torch.Generator().manual_seed(0))
-        progress("export", 0, 1, f"{path}")
-        exporter.export(network, inputs, path)
-        progress("parity", 0, 1, "one call of the file and one of torch")
-        difference = exporter.verify(path, network, inputs)
-    answer = {
-        "path": path,
-        "format": file_format,
-        "network": name,
-        "params": sum(p.numel() for p in network.parameters()),
-        "inputs": {key: list(value.shape) for key, value in inputs.items()},
-        "largest_difference": difference,
-        "allowed": _PARITY,
-    }
-    if as_json:
-        result_json(answer)
-    else:
-        result(f"{name}: {answer['params']:,} parameters; largest difference from torch {difference:.2g}")
-    if not difference <= _PARITY:
-        raise NasError(f"{path} differs from torch by {difference:.2g}, more than the {_PARITY:g} allowed")
-    closing(wrote=path, following="nas devices", as_json=as_json)
-
-
-def _network(
-    subject: str | None,
-    space: str | None,
-    reference: str | None,
-    choices: str | None,
-    resolution: int | None,
-    seed: int,
-) -> tuple[Network, str]:
-    """The network to export and a name for its file."""
-    if (subject is None) == (space is None):
-        raise UsageError("nas export needs either STUDY#CANDIDATE (or a weights file) or --space, and not both")
-    if subject is not None and (subject.endswith(".safetensors") or _is_network(Path(subject))):
-        from nas.checkpoint import load
-
-        return load(subject), Path(subject).stem
-    return _untrained(chosen(subject, space, reference, choices, resolution)[0], seed)
-
-
-def _is_network(folder: Path) -> bool:
-    """Whether a folder holds weights as `nas inherit` writes them, or diffusers."""
-    return any((folder / name).is_file() for name in ("config.json", "network.safetensors"))
-
-
-def _untrained(candidate: Candidate, seed: int) -> tuple[Network, str]:
-    from nas.build import build
-    from nas.families import network
-
-    note("the weights are random: a full-size candidate has none until it is trained")
-    return build(network(candidate), seed=seed).eval(), f"{candidate.space.name}-{candidate.key}"
-
-
-def _exports_file(out: Path | None, name: str, file_format: str) -> Path:
-    from nas.paths import writable_dir
-
-    path = out if out is not None else Path("exports") / f"{name}.{file_format}"
-    writable_dir(path.parent)
-    return path

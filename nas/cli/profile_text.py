@@ -14,26 +14,79 @@ _UNITS = {"params": ("million parameters", 1e6), "macs": ("GMACs", 1e9), "step_m
 
 
 def print_profile(found: Profile) -> None:
-    """One network: its stages, its blocks, an image of its pipeline, totals, and counters."""
+    """One network: its stages and parts, operators, blocks, speed, an image of its pipeline, totals, and counters."""
     subject, total, timed = found.subject, found.total, found.latency is not None
     result(f"{subject.name}: one {subject.call} for an image of {subject.image} px (latent {subject.latent})")
-    result(f"{subject.place or 'its place in our spaces was not looked for'}\n")
+    result(f"{subject.place or 'its place in our spaces was not looked for'}")
+    result(f"{found.headline}\n")
     groups = list(found.operations)
     header = ["stage", "M params", "GMACs", *groups, "weights MB", "moved MB", *(["ms"] if timed else [])]
     result(table(header, [_cost_row(str(name), row, groups, timed) for name, row in found.stages.iterrows()]))
-    header = ["block", "kind", *header[1:], *(["share"] if timed else [])]
-    rows = []
-    for row in found.blocks.to_dict("records"):
-        share = [f"{row['share']:.1%}"] if timed else []
-        name, *rest = _cost_row(row["name"], row, groups, timed)
-        rows.append([name, row["kind"], *rest, *share])
-    result("\n" + table(header, rows, left=2))
+    _print_shares(found)
+    _print_kinds(found)
+    _print_blocks(found)
     shares = ", ".join(f"{group} {macs / max(total.macs, 1):.1%}" for group, macs in found.operations.items())
     result(
         f"\n{found.name}: {total.params:,} parameters, {cell(total.macs / 1e9)} GMACs a call ({shares}), weights"
         f" {cell(total.weight_bytes / 1e6)} MB and peak activations {cell(total.peak_activation_bytes / 1e6)} MB in"
         f" {found.precision}"
     )
+    _print_latency(found)
+    _print_pipeline(found)
+    _print_counters(found)
+
+
+def _print_shares(found: Profile) -> None:
+    """Stage by part, in percent of the network."""
+    rows = found.shares.to_dict("records")
+    titles = {"step_ms": "ms %", "macs": "MACs %", "params": "params %"}
+    known = [m for m in titles if found.shares[m].notna().all()]
+    header = ["stage", "part", "blocks", *(titles[m] for m in known)]
+    lines = [[r["stage"], r["part"], r["blocks"], *(f"{100 * r[m]:.1f}" for m in known)] for r in rows]
+    result("\n" + table(header, lines, left=2))
+
+
+def _print_kinds(found: Profile) -> None:
+    """What the network does by kind of operator, the slowest first."""
+    timed = found.latency is not None
+    rows: list[list[object]] = []
+    for name, row in found.kinds.iterrows():
+        cells: list[object] = [str(name), int(row["count"]), float(row["macs"]) / 1e9, float(row["bytes"]) / 1e6]
+        if timed:
+            ms = float(row["step_ms"])
+            rate = float(row["macs"]) / 1e6 / ms if ms and row["macs"] else None
+            moved = float(row["bytes"]) / 1e6 / ms if ms else None
+            cells += [ms, f"{row['share']:.1%}", rate, moved]
+        rows.append(cells)
+    header = ["operator", "operators", "GMACs", "moved MB", *(["ms", "share", "GMAC/s", "GB/s"] if timed else [])]
+    result("\n" + table(header, rows))
+
+
+def _print_blocks(found: Profile) -> None:
+    """Every block; with a device its time and speed, without one its MACs by operation."""
+    timed, groups = found.latency is not None, list(found.operations)
+    rates, measured = found.rates, found.measured
+    inside = {} if measured is None else measured.in_network_ms
+    header = ["block", "kind", "M params", "GMACs", *([] if timed else groups), "weights MB", "moved MB"]
+    header += ["ms", "share", "GMAC/s", "of roof"] if timed else []
+    header += ["alone ms", *(["in net ms"] if inside else [])] if measured is not None else []
+    rows: list[list[object]] = []
+    for row in found.blocks.to_dict("records"):
+        name, *costs = _cost_row(row["name"], row, [] if timed else groups, timed)
+        cells = [name, row["kind"], *costs]
+        if timed:
+            reached = float(rates["predicted_of_roof"][name])
+            speed = float(rates["predicted_gmac_s"][name])
+            cells += [f"{row['share']:.1%}", speed, "-" if math.isnan(reached) else f"{reached:.0%}"]
+        if measured is not None:
+            cells += [measured.blocks_ms[row["name"]], *([inside.get(row["name"])] if inside else [])]
+        rows.append(cells)
+    result("\n" + table(header, rows, left=2))
+
+
+def _print_latency(found: Profile) -> None:
+    from nas.profile.statements import measured_statements, roof_statements
+
     if found.latency is not None:
         latency = found.latency
         result(
@@ -42,10 +95,17 @@ def print_profile(found: Profile) -> None:
         )
         for warning in latency.warnings:
             note(warning)
-    _print_pipeline(found)
-    if found.counts:
-        counted = [(c.name, c.latent, c.macs and c.macs / 1e9, c.params, c.leaves_out) for c in found.counts]
-        result("\n" + table(("counter", "latent", "GMACs", "params", "leaves out"), counted, right=(2, 3)))
+    for statement in (*roof_statements(found), *measured_statements(found)):
+        result(statement)
+
+
+def _print_counters(found: Profile) -> None:
+    """Each counter's figure, and in one line why it differs."""
+    if not found.counts:
+        return
+    counted = [(c.name, c.macs and c.macs / 1e9, c.params, c.why) for c in found.counts]
+    result(f"\nMACs by other counters, at a latent of {found.counts[0].latent}")
+    result(table(("counter", "GMACs", "params", "why it differs"), counted, right=(1, 2)))
 
 
 def _cost_row(name: str, row: Any, groups: list[str], timed: bool) -> list[object]:

@@ -48,7 +48,13 @@ def profile(
     compare: Annotated[
         bool, typer.Option("--compare", help="Set the named references and models side by side.")
     ] = False,
-    device: Annotated[str | None, typer.Option(help="Whose latency (nas devices); a study's own by default.")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", "--target", help="Whose latency (nas devices); a study's own by default."),
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Also time the network and its blocks here, on the device named.")
+    ] = False,
     resolution: Annotated[
         int | None, typer.Option(metavar="PX", help="Image side instead of the network's own.")
     ] = None,
@@ -72,6 +78,7 @@ def profile(
         names=tuple(names or ()),
         models=tuple(model or ()),
         device=device,
+        measure=measure,
         resolution=resolution,
         text_tokens=text_tokens,
         counters=counters,
@@ -81,6 +88,10 @@ def profile(
     )
     changes = {"steps": steps, "guidance": guidance, "decoder": decoder, "text_encoders": name_list(text_encoders)}
     changes = {name: value for name, value in changes.items() if value is not None}
+    if measure and (compare or asked.is_whole_space):
+        raise UsageError(
+            "--measure times one network: name it with --reference, --candidate, --model or STUDY#CANDIDATE"
+        )
     if compare:
         _compare(asked, changes)
     elif asked.is_whole_space:
@@ -99,6 +110,7 @@ class _Asked:
     names: tuple[str, ...]
     models: tuple[str, ...]
     device: str | None
+    measure: bool
     resolution: int | None
     text_tokens: int
     counters: bool
@@ -170,14 +182,16 @@ def _one(asked: _Asked, changes: Mapping[str, Any]) -> None:
         candidate = subject.point.candidate
         moved = with_pipeline(candidate.space, **changes).candidate(**candidate.choices)
         subject = replace(subject, point=replace(subject.point, candidate=moved))
-    sheet, predictor, precision = _device(asked.device, asked.names)
+    sheet, predictor, precision = _device(asked.device, asked.names, measured=asked.measure)
     home = "" if subject.point is None or asked.models else f"{subject.point.candidate.space.name}-"
     page = asked.page(f"{home}{subject.name}-{subject.resolution_px}px")
     with resumable(command_line()), Progress("profile") as progress:
         _check_claims(subject)
         found = profiling.profile(
-            subject, predictor, precision=precision, confidence=asked.confidence, progress=progress
+            subject, predictor, sheet=sheet, precision=precision, confidence=asked.confidence, progress=progress
         )
+        if asked.measure and sheet is not None:
+            found = profiling.with_measured(found, sheet, progress)
         found = profiling.with_pipeline(found, sheet, predictor, asked.confidence, progress)
         if asked.counters or asked.as_json:
             found = profiling.with_counters(found, progress)
@@ -260,8 +274,15 @@ def _check_claims(subject: Subject) -> None:
             check_params(subject.point.candidate.space, reference)
 
 
-def _device(device: str | None, names: Sequence[str]) -> tuple[DeviceSheet | None, LatencyPredictor | None, str]:
-    """The device asked for, or that of the study named; its predictor, and the precision that it works in."""
+def _device(
+    device: str | None, names: Sequence[str], *, measured: bool = False
+) -> tuple[DeviceSheet | None, LatencyPredictor | None, str]:
+    """The device asked for, or that of the study named; its predictor, and the precision that it works in.
+
+    Raises:
+        UsageError: no such device; something shall be measured, and no device is named or it has no backend.
+        NasError: it cannot be measured here, or has no predictor.
+    """
     from nas.device import find_target
     from nas.latency import load_predictor
 
@@ -271,6 +292,12 @@ def _device(device: str | None, names: Sequence[str]) -> tuple[DeviceSheet | Non
 
         device = str(read_study(find_study(names[0].partition("#")[0]))["target"])
     if device is None:
+        if measured:
+            raise UsageError("--measure needs a device: add --device", hint="nas devices")
         return None, None, "fp32"
     sheet = find_target(device)
+    if measured:
+        from nas.profile import backend_of
+
+        backend_of(sheet)
     return sheet, load_predictor(sheet.slug), sheet.target.precision

@@ -35,6 +35,10 @@ def search(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, price the space, run no proxy.")
     ] = False,
+    remeasure: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Then measure N finalists on the device, or write a kit to do so."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Search a space within a latency budget. Writes a study and its page; the same command resumes a search."""
@@ -63,16 +67,34 @@ def search(
             plan.evaluator.pricer.prepare(lambda done, total: progress("price", done, total, "blocks traced"))
         _print_preview(preview(plan), as_json)
         return
-    again = command_line(leave_out=("--fresh",))
-    with resumable(again), Progress("search") as progress:
+    with resumable(command_line(leave_out=("--fresh",))), Progress("search") as progress:
         found = run_search(settings, progress)
         progress("report", 0, 1, "drawing the page")
         page = _build_report(found.folder)
-    if as_json:
-        result_json(found.to_json())
-    else:
+    if not as_json:
         _print_search(found)
+    again = None if remeasure is None else _remeasure(found.folder, remeasure, as_json)
+    if as_json:
+        result_json({**found.to_json(), **({} if remeasure is None else {"remeasured": again})})
     closing(wrote=page, following=found.record["next"], as_json=as_json)
+
+
+def _remeasure(folder: Path, count: int, as_json: bool) -> dict[str, Any]:
+    """Measures the finalists; a stop is taken up by measuring the study, which is finished."""
+    from nas.cli.cost import fitted
+    from nas.cli.remeasured import print_remeasured
+    from nas.device import find_target
+    from nas.remeasure import remeasure
+
+    with resumable(f"nas measure --study {folder} --networks {count}"), Progress("remeasure") as progress:
+        found = remeasure(
+            folder,
+            count,
+            progress=lambda message, done, total: progress("measure" if total else "prepare", done, total, message),
+        )
+    card = fitted(find_target(found.target), untuned=True, required=False, as_json=True) if found.rows else None
+    print_remeasured(found, card, as_json)
+    return found.to_json()
 
 
 def report(

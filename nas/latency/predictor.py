@@ -3,7 +3,8 @@
 Intervals are jackknife+ (Barber et al. 2021, arXiv 1905.02928) on the log scale with normalised residuals: network i,
 left out of the fit, was missed by r_i = log(ms_i / prediction_-i(i)) / spread(i); a new network x is then believed to
 take prediction_-i(x) * exp(r_i * spread(x)) for each i alike. `spread` (regression.py) makes the interval wider for
-networks that lean on operators the rows say little about.
+networks that lean on operators the rows say little about. Of many networks a few are left out together (CV+, same
+paper): the intervals are as good and a predictor stays small.
 """
 
 from __future__ import annotations
@@ -30,16 +31,17 @@ class LatencyPredictor:
     """A fitted latency model of one target.
 
     With at least `EMPIRICAL_FROM` left-out networks the quantiles are theirs. With fewer (published rows), or beyond
-    what that many can say, residuals are taken as Student-t with the scale `sd` and one degree of freedom less than
-    there are networks.
+    what that many can say, residuals are taken as Student-t with the scale `sd` and `degrees` of freedom.
 
     Attributes:
         target: slug of the table it was fitted to.
         place: costs and their covariance at the target.
-        without: [N, F] costs at the target with one network left out of the fit each.
+        without: [K, F] costs at the target with some networks left out of the fit each.
+        fold: [N] which of those left out each network.
         residuals: [N] normalised signed log residuals of those networks (their root mean square over a network's rows
             where it has several, with the sign of their mean).
         sd: root mean square of normalised residuals: what one unit of spread is, as a fraction.
+        degrees: of freedom that this is known with: one less than there are networks, or more where other targets help.
         range_ms: least and greatest latency of the fitted networks, in ms at the target.
         seen: operator kinds that occur in the fitted rows.
         card: what is known about how good it is (see `nas.latency.fit`).
@@ -48,8 +50,10 @@ class LatencyPredictor:
     target: str
     place: Place
     without: np.ndarray
+    fold: np.ndarray
     residuals: np.ndarray
     sd: float
+    degrees: int
     range_ms: tuple[float, float]
     seen: tuple[str, ...]
     card: Mapping[str, Any] = field(default_factory=dict)
@@ -96,6 +100,20 @@ class LatencyPredictor:
         parts = [self._probability(x[i : i + _CHUNK], math.log(ms)) for i in range(0, len(x), _CHUNK)]
         return np.concatenate(parts) if parts else np.zeros(0)
 
+    def ratio(
+        self, over: np.ndarray, under: np.ndarray, confidence: float = 0.8, *, unseen: str = "error"
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """How many times as long networks `over` [n, F] take as `under` [n, F], with a central interval, [n] each.
+
+        What both lean on alike cancels; each keeps an error of its own, taken as independent of the other's.
+        """
+        above, below = self._checked(over, confidence, unseen), self._checked(under, confidence, unseen)
+        middle = np.log(self.place.ms(above) / self.place.ms(below))
+        shares = self.place.shares(above) - self.place.shares(below)
+        doubt = np.sqrt(2.0 + self.place.doubt(np.hstack([shares, np.zeros((len(shares), 1))])))
+        half = float(stdtrit(self.degrees, (1 + confidence) / 2)) * self.sd * doubt
+        return np.exp(middle), np.exp(middle - half), np.exp(middle + half)
+
     def contributions(self, features: np.ndarray) -> np.ndarray:
         """[n] ms of parts of a network (its blocks); they add up to the prediction for the sum of their features."""
         return np.asarray(features, dtype=float) @ self.place.costs
@@ -124,8 +142,10 @@ class LatencyPredictor:
             "unit": self.place.unit.tolist(),
             "covariance": self.place.covariance.tolist(),
             "without": self.without.tolist(),
+            "fold": self.fold.tolist(),
             "residuals": self.residuals.tolist(),
             "sd": self.sd,
+            "degrees": self.degrees,
             "range_ms": list(self.range_ms),
             "seen": list(self.seen),
             "card": dict(self.card),
@@ -143,12 +163,16 @@ class LatencyPredictor:
         place = Place(
             costs=np.array(data["costs"]), unit=np.array(data["unit"]), covariance=np.array(data["covariance"])
         )
+        residuals = np.array(data["residuals"])
         return cls(
             target=data["target"],
             place=place,
-            without=np.array(data["without"]),
-            residuals=np.array(data["residuals"]),
+            without=np.array(data["without"]).reshape(-1, len(FEATURES)),
+            # Files written before networks were left out together leave out one each.
+            fold=np.array(data.get("fold", range(len(residuals))), dtype=int),
+            residuals=residuals,
             sd=data["sd"],
+            degrees=data.get("degrees", len(residuals) - 1),
             range_ms=(data["range_ms"][0], data["range_ms"][1]),
             seen=tuple(data["seen"]),
             card=data["card"],
@@ -179,7 +203,7 @@ class LatencyPredictor:
 
     def _believed(self, x: np.ndarray) -> np.ndarray:
         """[n, N] log ms as each left-out network would have it."""
-        return np.log(x @ self.without.T) + self._half_width(x)[:, None] * self.residuals
+        return np.log(x @ self.without.T)[:, self.fold] + self._half_width(x)[:, None] * self.residuals
 
     def _quantile(self, x: np.ndarray, q: float) -> np.ndarray:
         parts = [np.exp(self._log_quantile(x[i : i + _CHUNK], q)) for i in range(0, len(x), _CHUNK)]
@@ -187,7 +211,7 @@ class LatencyPredictor:
 
     def _log_quantile(self, x: np.ndarray, q: float) -> np.ndarray:
         n = len(self.residuals)
-        tail = np.log(self.place.ms(x)) + float(stdtrit(n - 1, q)) * self.sd * self._half_width(x)
+        tail = np.log(self.place.ms(x)) + float(stdtrit(self.degrees, q)) * self.sd * self._half_width(x)
         if n < EMPIRICAL_FROM:
             return tail
         believed = self._believed(x)
@@ -203,7 +227,7 @@ class LatencyPredictor:
     def _probability(self, x: np.ndarray, log_ms: float) -> np.ndarray:
         n = len(self.residuals)
         distance = (log_ms - np.log(self.place.ms(x))) / (self.sd * self._half_width(x))
-        tail = stdtr(n - 1, distance)
+        tail = stdtr(self.degrees, distance)
         if n < EMPIRICAL_FROM:
             return np.asarray(tail)
         below = (self._believed(x) <= log_ms).sum(axis=1)

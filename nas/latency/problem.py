@@ -10,13 +10,18 @@ import numpy as np
 from nas import tables
 from nas.device import DeviceSheet
 from nas.errors import NasError, UsageError, unknown
-from nas.latency.regression import Rows, Shrinkage
+from nas.latency.ratios import Ratio, fitted
+from nas.latency.regression import Ratios, Rows, Shrinkage, Solution, solve
+from nas.latency.spread import Borrowed
 from nas.op import FEATURES
 from nas.tables import Measurement, Observation, Subject
 
 RIDGES = (0.0001, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+# What each doubling beyond the near memory adds to a byte at first: a little, so that rows decide.
+_FAR_SHARE = 0.05
 CHIP_FACTORS = (1.0, 0.7, 0.5, 0.35, 0.25)
-BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0}
+# Of an activation: most of what a network moves at these sizes. w8a16 has weights of half that.
+BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "w8a16": 2.0, "int8": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +35,8 @@ class FitSettings:
         trend: figure of [chips] -> prior exponent: time falls with the figure to this power.
         block_sd: of blocks timed alone about the same operators inside a network.
         block_weight: weight of all blocks together, where a network weighs 1.
+        prior: target (slug or alias) whose fitted costs the fit is shrunk towards; the sheet's roofline if empty.
+        borrow_spread: with fewer networks than can say how wrong a fit is, take that from other targets (spread.json).
     """
 
     row_sd: float = 0.05
@@ -38,6 +45,8 @@ class FitSettings:
     trend: Mapping[str, float] = field(default_factory=dict)
     block_sd: float = 0.3
     block_weight: float = 10.0
+    prior: str = ""
+    borrow_spread: bool = False
 
     @classmethod
     def of(cls, sheet: DeviceSheet) -> FitSettings:
@@ -58,29 +67,41 @@ class Problem:
     """The rows of a fit with all that a part of it needs to be fitted again.
 
     Attributes:
-        names: [n] what each row is.
-        networks: [n] the subject's key; rows of one network are held out together. "" for a block.
+        names: [n] what each row is; subjects: [n] its key.
+        networks: [n] the network's key, "" for a block; rows of one network are held out together at any batch.
         chips: [n].
+        ratios: published quotients; pairs: [m, 2] the networks each compares.
         shrinkage: the prior; its ridge is chosen among `RIDGES`.
         sheet_ridge: [E] ridges of the effects as the sheet has them.
         chip_effects: [E] which effects are a chip's deviation from the trend.
         target_effects: [E] the target's row of the effects design: its chip, a whole network.
+        trend: whether public figures price a chip without rows; otherwise its own speed is not known at all.
+        borrowed: what other targets say about fits of so many networks, where the sheet asks for it.
     """
 
     target: str
     names: np.ndarray
+    subjects: np.ndarray
     networks: np.ndarray
     chips: np.ndarray
     rows: Rows
+    ratios: Ratios
+    pairs: np.ndarray
     shrinkage: Shrinkage
     sheet_ridge: np.ndarray
     chip_effects: np.ndarray
     target_effects: np.ndarray
+    trend: bool
+    borrowed: Mapping[int, Borrowed] = field(default_factory=dict)
 
     @property
     def groups(self) -> tuple[str, ...]:
         """The networks, in order."""
-        return tuple(sorted(set(self.networks) - {""}))
+        return self.groups_in(np.ones(len(self.networks), dtype=bool))
+
+    def groups_in(self, keep: np.ndarray) -> tuple[str, ...]:
+        """The networks among the rows of a mask [n], in order."""
+        return tuple(sorted(set(self.networks[keep]) - {""}))
 
     def shrunk(self, *, ridge: float | None = None, chip_sd: float = 1.0) -> Problem:
         """The same rows under another ridge, and with the sheet's chip_sd times a factor."""
@@ -88,17 +109,76 @@ class Problem:
         kept = self.shrinkage.ridge if ridge is None else ridge
         return replace(self, shrinkage=replace(self.shrinkage, ridge=kept, effect_ridge=effect_ridge))
 
+    def solve(self, keep: np.ndarray | None = None, near: Solution | None = None) -> Solution:
+        """Fits the rows of a mask [n], and the ratios that do not speak of a network held out."""
+        if keep is None:
+            return solve(self.rows, self.shrinkage, self.ratios, near)
+        ratios = self.ratios
+        if not ratios.empty:
+            out = set(self.networks[~keep]) - set(self.networks[keep])
+            touched = np.asarray(np.isin(self.pairs, list(out)).any(axis=1))
+            ratios = ratios.take(~touched)
+        return solve(self.rows.take(keep), self.shrinkage, ratios, near)
+
+    def testable(self, test: np.ndarray, train: np.ndarray) -> np.ndarray:
+        """The rows of `test` that a fit of `train` can be asked for: without a trend, only those of chips it saw."""
+        return test if self.trend else test & np.isin(self.chips, np.unique(self.chips[train]))
+
 
 def problem(
     measurements: Sequence[Measurement],
     subjects: Mapping[str, Subject],
     sheet: DeviceSheet,
     prior: np.ndarray | None = None,
+    ratios: Sequence[Ratio] = (),
 ) -> tuple[Problem, tuple[Observation, ...]]:
     """The regression that a table and a sheet pose, and the observations it rests on."""
     settings = FitSettings.of(sheet)
+    found = _observations(measurements, subjects, sheet)
+    blocks = np.array([o.kind == "block" for o in found], dtype=bool)
+    design, target_effects, centre, ridge, of_chips = _effects(found, blocks, sheet, settings)
+    rows = Rows(
+        features=np.array([subjects[o.subject].vector for o in found]).reshape(len(found), len(FEATURES)),
+        ms=np.array([o.ms for o in found]),
+        effects=design,
+        weights=np.where(blocks, settings.block_weight / max(1, int(blocks.sum())), 1.0),
+    )
+    quotients, keys = fitted(ratios, subjects, settings.row_sd)
+    pairs = np.array([_network(subjects[key]) for key in keys.ravel()], dtype=object).reshape(keys.shape)
+    costs = roofline(sheet) if prior is None else np.maximum(prior, prior[prior > 0].min(initial=np.inf) * 1e-3)
+    posed = Problem(
+        target=sheet.slug,
+        names=np.array([subjects[o.subject].name for o in found], dtype=object),
+        subjects=np.array([o.subject for o in found], dtype=object),
+        networks=np.array(["" if o.kind == "block" else _network(subjects[o.subject]) for o in found], dtype=object),
+        chips=np.array([o.chip for o in found], dtype=object),
+        rows=rows,
+        ratios=quotients,
+        pairs=np.array([[_network(subjects[key]) for key in pair] for pair in pairs], dtype=object).reshape(
+            pairs.shape
+        ),
+        shrinkage=Shrinkage(prior=costs, ridge=RIDGES[0], centre=centre, effect_ridge=ridge),
+        sheet_ridge=ridge,
+        chip_effects=of_chips,
+        target_effects=target_effects,
+        trend=bool(settings.trend) or not sheet.chips,
+    )
+    return posed, found
+
+
+def _network(subject: Subject) -> str:
+    """What is held out together: a published subject may say that it is another one's network at another batch."""
+    return str(subject.spec.get("network", subject.key))
+
+
+def _observations(
+    measurements: Sequence[Measurement], subjects: Mapping[str, Subject], sheet: DeviceSheet
+) -> tuple[Observation, ...]:
+    """What is fitted, networks first: denoisers, their blocks and published networks on the sheet's chips.
+
+    A pipeline part that is only charged (a component) is left out, and so are other chips where none are pooled.
+    """
     pooled = bool(sheet.chips)
-    # A pipeline part is charged as measured; what is fitted are denoisers, their blocks and published networks.
     mine = [
         row
         for row in measurements
@@ -110,28 +190,7 @@ def problem(
             raise NasError(f"{sheet.slug}: a row of {seen.subject!r} is to be fitted but has no features")
         if pooled and seen.chip not in sheet.chips:
             raise unknown("chip", seen.chip, sheet.chips, where=f"the table of {sheet.slug}")
-    found = tuple(sorted(found, key=lambda o: (o.kind == "block", o.subject, o.chip)))
-    blocks = np.array([o.kind == "block" for o in found], dtype=bool)
-    design, target_effects, centre, ridge, of_chips = _effects(found, blocks, sheet, settings)
-    rows = Rows(
-        features=np.array([subjects[o.subject].vector for o in found]).reshape(len(found), len(FEATURES)),
-        ms=np.array([o.ms for o in found]),
-        effects=design,
-        weights=np.where(blocks, settings.block_weight / max(1, int(blocks.sum())), 1.0),
-    )
-    costs = roofline(sheet) if prior is None else np.maximum(prior, prior[prior > 0].min(initial=np.inf) * 1e-3)
-    posed = Problem(
-        target=sheet.slug,
-        names=np.array([subjects[o.subject].name for o in found], dtype=object),
-        networks=np.array(["" if o.kind == "block" else o.subject for o in found], dtype=object),
-        chips=np.array([o.chip for o in found], dtype=object),
-        rows=rows,
-        shrinkage=Shrinkage(prior=costs, ridge=RIDGES[0], centre=centre, effect_ridge=ridge),
-        sheet_ridge=ridge,
-        chip_effects=of_chips,
-        target_effects=target_effects,
-    )
-    return posed, found
+    return tuple(sorted(found, key=lambda o: (o.kind == "block", o.subject, o.chip)))
 
 
 def roofline(sheet: DeviceSheet) -> np.ndarray:
@@ -149,9 +208,12 @@ def roofline(sheet: DeviceSheet) -> np.ndarray:
             raise UsageError(f"{sheet.path}: roofline.{name} must be a positive number, got {value!r}")
     if sheet.target.precision not in BYTES:
         raise unknown("precision", sheet.target.precision, BYTES, where=str(sheet.path))
+    per_gb = float(sheet.roofline["ms_per_gb"]) * BYTES[sheet.target.precision] / 4
     per_unit = {
         "macs": float(sheet.roofline["ms_per_gmac"]),
-        "bytes": float(sheet.roofline["ms_per_gb"]) * BYTES[sheet.target.precision] / 4,
+        "few_macs": float(sheet.roofline["ms_per_gmac"]),
+        **dict.fromkeys(("bytes", "read", "written"), per_gb),
+        "far": _FAR_SHARE * per_gb,
         "count": float(sheet.roofline["ms_per_op"]) * 1e3,
     }
     return np.array([per_unit[name.partition(".")[2]] for name in FEATURES])

@@ -4,9 +4,11 @@ The model of row i is  ms_i = exp(sum_e E_ie e) * sum_g F_ig p_g u_g  with u >= 
 feature g (a roofline), u what the rows say it should be multiplied by, and exp(E e) the factor of the row's chip and of
 blocks timed alone. Minimised is
 
-    sum_i w_i (model_i / ms_i - 1)^2 + ridge * sum_g (u_g - s)^2 + sum_e r_e (e - e0)^2
+    sum_i w_i (model_i / ms_i - 1)^2 + sum_k v_k (log(over_k / under_k) - log ratio_k)^2
+        + ridge * sum_g (u_g - s)^2 + sum_e r_e (e - e0)^2
 
-where the common scale s >= 0 is free: with no rows to say otherwise, features keep the prior's proportions.
+where over_k and under_k are the modelled times of the two networks of a published ratio, and the common scale s >= 0
+is free: with no rows to say otherwise, features keep the prior's proportions.
 (Shared MACs and bytes make features collinear, so that a single cost means little; sums over networks do.)
 """
 
@@ -16,9 +18,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nas.latency.nonnegative import nonnegative
+from nas.op import FEATURES
+
 _STEPS = 60
 _LARGEST_STEP = 0.5  # of an effect, per iteration: exp() overshoots from far away
-_SETTLED = 1e-10
+_SETTLED = 1e-7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +47,42 @@ class Rows:
         return Rows(
             features=self.features[keep], ms=self.ms[keep], effects=self.effects[keep], weights=self.weights[keep]
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratios:
+    """Published quotients of two networks' latencies on one chip, where neither latency was published.
+
+    What all rows of a chip share divides out, so a ratio says nothing about a scale, only about proportions.
+
+    Attributes:
+        over, under: [m, F] features of the two networks.
+        log_ratio: [m] log of the quotient.
+        weights: [m]; 1 for a quotient that is as certain as a row.
+    """
+
+    over: np.ndarray
+    under: np.ndarray
+    log_ratio: np.ndarray
+    weights: np.ndarray
+
+    @property
+    def empty(self) -> bool:
+        """Whether there are none."""
+        return len(self.log_ratio) == 0
+
+    def take(self, keep: np.ndarray) -> Ratios:
+        """The ratios of a mask or an index array."""
+        return Ratios(
+            over=self.over[keep],
+            under=self.under[keep],
+            log_ratio=self.log_ratio[keep],
+            weights=self.weights[keep],
+        )
+
+
+_NONE = np.zeros((0, len(FEATURES)))
+_NO_RATIOS = Ratios(over=_NONE, under=_NONE, log_ratio=np.zeros(0), weights=np.zeros(0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +132,16 @@ class Place:
             the place. It is 1 where everything is known and grows where a network leans on features that the rows say
             little about.
         """
-        shares = features * self.unit / self.ms(features)[:, None]
-        gradient = np.hstack([shares, np.ones((len(features), 1))])
-        return np.sqrt(1.0 + np.maximum(0.0, ((gradient @ self.covariance) * gradient).sum(axis=1)))
+        gradient = np.hstack([self.shares(features), np.ones((len(features), 1))])
+        return np.sqrt(1.0 + self.doubt(gradient))
+
+    def shares(self, features: np.ndarray) -> np.ndarray:
+        """[n, F] the gradient of log ms with respect to costs / unit."""
+        return features * self.unit / self.ms(features)[:, None]
+
+    def doubt(self, gradient: np.ndarray) -> np.ndarray:
+        """[n] variance, in units of one row's, of what has these gradients [n, F+1] over the fitted quantities."""
+        return np.maximum(0.0, ((gradient @ self.covariance) * gradient).sum(axis=1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,32 +170,71 @@ class Solution:
         return Place(costs=self.costs * factor, unit=self.unit * factor, covariance=places @ self.covariance @ places.T)
 
 
-def solve(rows: Rows, shrinkage: Shrinkage) -> Solution:
-    """Fits by Gauss-Newton on the effects; each step is one exact non-negative least squares problem.
+def solve(rows: Rows, shrinkage: Shrinkage, ratios: Ratios | None = None, near: Solution | None = None) -> Solution:
+    """Fits by Gauss-Newton on effects and ratios; each step is one exact non-negative least squares problem.
 
-    Without effects the problem is linear and the first step is the answer.
+    Without effects and ratios the problem is linear and the first step is the answer.
+
+    Args:
+        rows: what is fitted to.
+        shrinkage: what the fit is pulled towards.
+        ratios: published quotients of two networks, if any.
+        near: a fit of nearly the same rows to start from; it decides the time taken, not the answer.
     """
-    n_features, n_effects = rows.features.shape[1], rows.effects.shape[1]
-    root = np.sqrt(rows.weights)[:, None]
-    effects = shrinkage.centre.astype(float).copy()
-    unit = shrinkage.prior * _scale(rows, shrinkage.prior, effects)
-    u = np.ones(n_features)
-    ridge_rows, ridge_target = _penalty(shrinkage)
+    ratios = _NO_RATIOS if ratios is None else ratios
+    unit = shrinkage.prior * _scale(rows, shrinkage.prior, shrinkage.centre)
+    effects = (shrinkage.centre if near is None else near.effects).astype(float).copy()
+    u = np.ones(len(unit)) if near is None else near.costs / unit
+    penalty, pull = _penalty(shrinkage)
+    n = len(unit)
+    free = np.arange(n + 1 + len(effects)) > n
     for _ in range(_STEPS):
-        by_feature = np.exp(rows.effects @ effects)[:, None] * rows.features * unit / rows.ms[:, None]
-        by_effect = (by_feature @ u)[:, None] * rows.effects
-        wanted = 1.0 + by_effect @ effects
-        fitted = np.hstack([by_feature, np.zeros((len(wanted), 1)), by_effect]) * root
-        information = np.vstack([fitted, ridge_rows])
-        solved = _mixed_nnls(information, np.concatenate([wanted * root[:, 0], ridge_target]), n_free=n_effects)
-        u = solved[:n_features]
-        change = np.clip(solved[n_features + 1 :] - effects, -_LARGEST_STEP, _LARGEST_STEP)
-        effects = effects + change
-        if not n_effects or np.abs(change).max() < _SETTLED:
+        design, wanted = _linear(rows, ratios, unit, u, effects)
+        gram, moment = design.T @ design + penalty, design.T @ wanted + pull
+        positive = np.concatenate([u > 0, [True], np.zeros(len(effects), bool)])
+        solved = nonnegative(gram, moment, free, positive)
+        change = np.clip(solved[n + 1 :] - effects, -_LARGEST_STEP, _LARGEST_STEP)
+        # With ratios a step may overshoot; a step kept short moves the proportions as far as they can be trusted.
+        moved = (solved[:n] - u) * (1.0 if ratios.empty else _trusted(ratios, unit, u, solved[:n]))
+        settled = max(np.abs(change).max(initial=0.0), 0.0 if ratios.empty else _relative(moved, u)) < _SETTLED
+        u, effects = np.maximum(u + moved, 0.0), effects + change
+        if settled or (ratios.empty and not len(effects)):
             break
-    covariance = np.linalg.inv(information.T @ information)
-    kept = np.r_[0:n_features, n_features + 1 : n_features + 1 + n_effects]
-    return Solution(costs=u * unit, unit=unit, effects=effects, covariance=covariance[np.ix_(kept, kept)])
+    kept = np.r_[0:n, n + 1 : n + 1 + len(effects)]
+    covariance = np.linalg.inv(gram)[np.ix_(kept, kept)]
+    return Solution(costs=u * unit, unit=unit, effects=effects, covariance=covariance)
+
+
+def _linear(
+    rows: Rows, ratios: Ratios, unit: np.ndarray, u: np.ndarray, effects: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The weighted rows of one Gauss-Newton step over the columns (u, s, effects), and what they should come to."""
+    root = np.sqrt(rows.weights)[:, None]
+    by_feature = np.exp(rows.effects @ effects)[:, None] * rows.features * unit / rows.ms[:, None]
+    by_effect = (by_feature @ u)[:, None] * rows.effects
+    wanted = (1.0 + by_effect @ effects) * root[:, 0]
+    design = np.hstack([by_feature, np.zeros((len(wanted), 1)), by_effect]) * root
+    if ratios.empty:
+        return design, wanted
+    over, under = ratios.over * unit, ratios.under * unit
+    above, below = over @ u, under @ u
+    weight = np.sqrt(ratios.weights)
+    slope = np.zeros((len(above), design.shape[1]))
+    slope[:, : len(u)] = (over / above[:, None] - under / below[:, None]) * weight[:, None]
+    # The slope times u is zero (a common scale changes no ratio), so nothing but the residual stands on the right.
+    aim = (ratios.log_ratio - np.log(above / below)) * weight
+    return np.vstack([design, slope]), np.concatenate([wanted, aim])
+
+
+def _trusted(ratios: Ratios, unit: np.ndarray, u: np.ndarray, aim: np.ndarray) -> float:
+    """The part of a step after which no network of a ratio has changed by more than a factor of 1.6."""
+    both = np.vstack([ratios.over, ratios.under]) * unit
+    growth = (both @ aim) / (both @ u) - 1.0
+    return float(min(1.0, 0.6 / max(growth.max(), -growth.min() * 1.6, 1e-9)))
+
+
+def _relative(moved: np.ndarray, u: np.ndarray) -> float:
+    return float(np.abs(moved).max() / np.abs(u).max())
 
 
 def _scale(rows: Rows, prior: np.ndarray, effects: np.ndarray) -> float:
@@ -157,20 +244,11 @@ def _scale(rows: Rows, prior: np.ndarray, effects: np.ndarray) -> float:
 
 
 def _penalty(shrinkage: Shrinkage) -> tuple[np.ndarray, np.ndarray]:
-    """The shrinkage as extra rows over the columns (u, s, effects), and their targets."""
+    """The shrinkage as a quadratic form over the columns (u, s, effects): its matrix and its linear part."""
     n, e = len(shrinkage.prior), len(shrinkage.centre)
-    rows = np.zeros((n + e, n + 1 + e))
-    rows[:n, :n] = np.sqrt(shrinkage.ridge) * np.eye(n)
-    rows[:n, n] = -np.sqrt(shrinkage.ridge)
-    rows[n:, n + 1 :] = np.diag(np.sqrt(shrinkage.effect_ridge))
-    return rows, np.concatenate([np.zeros(n), np.sqrt(shrinkage.effect_ridge) * shrinkage.centre])
-
-
-def _mixed_nnls(design: np.ndarray, target: np.ndarray, *, n_free: int) -> np.ndarray:
-    """Least squares with all but the last `n_free` unknowns non-negative: a free one is a difference of two."""
-    # Reading a predictor needs no solver, and this import is the slowest part of it.
-    from scipy.optimize import nnls
-
-    bounded = design.shape[1] - n_free
-    solved, _ = nnls(np.hstack([design, -design[:, bounded:]]), target, maxiter=100 * design.shape[1])
-    return np.concatenate([solved[:bounded], solved[bounded : bounded + n_free] - solved[bounded + n_free :]])
+    matrix = np.zeros((n + 1 + e, n + 1 + e))
+    matrix[:n, :n] = shrinkage.ridge * np.eye(n)
+    matrix[:n, n] = matrix[n, :n] = -shrinkage.ridge
+    matrix[n, n] = shrinkage.ridge * n
+    matrix[n + 1 :, n + 1 :] = np.diag(shrinkage.effect_ridge)
+    return matrix, np.concatenate([np.zeros(n + 1), shrinkage.effect_ridge * shrinkage.centre])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -17,29 +17,28 @@ import numpy as np
 
 from nas import registry, tables
 from nas.device import DeviceSheet
-from nas.errors import NasError, unknown
-from nas.measure.sampling import known_subjects, sample_blocks, sample_networks
-from nas.measure.session import Session, began, pick_anchors
-from nas.measure.subjects import Subject, components
-from nas.measure.timing import Clocks, Protocol, Samples
-from nas.provenance import processor
+from nas.errors import NasError
+from nas.measure.choosing import Limits, backend_name, choose, distinct, known_to, limits_of, settings
+from nas.measure.guard import writing
+from nas.measure.session import Session, began, chip_of, pick_anchors
+from nas.measure.subjects import Subject, table_subject
+from nas.measure.timing import Clocks, Samples
 from nas.space import SearchSpace
 
+__all__ = [
+    "Limits",
+    "MeasureSummary",
+    "cannot",
+    "choose",
+    "limits_of",
+    "plan",
+    "run",
+    "run_subjects",
+    "settings",
+    "table_subject",
+]
+
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """How large the subjects of a target may be, in giga-MACs: a slow target's sheet sets lower ones.
-
-    A pipeline component beyond its limit is not measured; a budget is then charged with what the predictor says of it.
-    """
-
-    most_block_gmac: float = 6.0
-    least_network_gmac: float = 0.3
-    most_network_gmac: float = 12.0
-    most_component_gmac: float = 400.0
-    components: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +53,7 @@ class MeasureSummary:
         lacking: subjects that still have fewer unflagged sessions than asked for: run the same command again.
         repeatability: median over subjects of (largest - smallest) / smallest between unflagged sessions, the table's
             earlier ones included; None where no subject has two.
-        chip: the processor of this machine; a fit reads only the rows of the chip that its sheet names.
+        chip: what was measured; a fit reads only the rows of the chip that its sheet names.
         contention: median of wall over CPU time; 1 on a quiet machine with one thread.
         wall_s, cpu_s: what the run took, preparation included.
     """
@@ -73,7 +72,7 @@ class MeasureSummary:
 
 
 def run(
-    space: SearchSpace,
+    spaces: Sequence[SearchSpace],
     target: DeviceSheet,
     *,
     blocks: int = 64,
@@ -81,214 +80,248 @@ def run(
     sessions: int = 2,
     repeats: int | None = None,
     seed: int = 0,
+    like: DeviceSheet | None = None,
     progress: Progress | None = None,
     folder: Path | None = None,
     clocks: Clocks | None = None,
 ) -> MeasureSummary:
-    """Measures subjects of `space` on `target` and appends every session of every subject to the target's table.
+    """Measures subjects of `spaces` on `target` and appends every session of every subject to the target's table.
 
     Args:
-        space: where blocks (at full size, up to 6 GMAC) and networks (scaled down, 0.3-12 GMAC) are drawn from.
+        spaces: where blocks (at full size, up to 6 GMAC) and networks (scaled down, 0.3-12 GMAC) are drawn from, as
+            many from each.
         target: a device sheet with a backend; its [protocol] table may change the fields of `Protocol` and `Limits`.
         blocks: how many distinct blocks; those that the table already has come first.
         networks: how many small networks, likewise; new ones begin with the space's references.
         sessions: how many unflagged sessions every subject shall have in the end.
         repeats: rounds per session; None: the sheet's, or 7.
         seed: of the choice of new subjects and of the order.
-        progress: called with (what is done now, subjects done, subjects in all) of the present session.
+        like: another target: its table's subjects are taken before new ones are drawn, so that the two can be compared.
+        progress: see `run_subjects`.
         folder: of the tables; None: the project's own.
         clocks: where time comes from; None: this machine's.
 
     Raises:
-        NasError: the target has no backend or it is unavailable, the machine is not the one that the sheet describes,
-            or a subject fails on the backend.
+        NasError: see `run_subjects`.
+    """
+    _backend(target)
+    if progress is not None:
+        progress("choosing subjects", 0, 0)
+    known = known_to(spaces, target, like, folder)
+    subjects = _planned(spaces, target, blocks, networks, seed, known)
+    return run_subjects(
+        subjects,
+        target,
+        known=known,
+        sessions=sessions,
+        repeats=repeats,
+        seed=seed,
+        progress=progress,
+        folder=folder,
+        clocks=clocks,
+    )
+
+
+def run_subjects(
+    subjects: Sequence[Subject],
+    target: DeviceSheet,
+    *,
+    known: Sequence[Subject] = (),
+    sessions: int = 2,
+    repeats: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    folder: Path | None = None,
+    clocks: Clocks | None = None,
+) -> MeasureSummary:
+    """Measures exactly these subjects on `target` and appends every session of every subject to the target's table.
+
+    Args:
+        subjects: what to measure; those that have their sessions already are left out.
+        target: as of `run`.
+        known: subjects of the target's table, among which are the anchors of its earlier sessions.
+        sessions: as of `run`.
+        repeats: as of `run`.
+        seed: of the order.
+        progress: called with (what is done now, sessions of subjects done, sessions of subjects in all); 0 in all
+            while that is not known yet.
+        folder: as of `run`.
+        clocks: as of `run`.
+
+    Raises:
+        NasError: the target has no backend or it is unavailable, the tables cannot be written to or another run is
+            writing this one, the machine is not the one that the sheet describes, or a subject fails on the backend;
+            rows measured before it are kept, and the message says so.
     """
     start, cpu = time.perf_counter(), time.process_time()
     backend = _backend(target)
     protocol, _ = settings(target)
     protocol = protocol if repeats is None else replace(protocol, repeats=repeats)
-    report = progress or (lambda message, done, total: None)
-    report("choosing subjects", 0, blocks + networks)
-    known = _known(space, target, folder)
-    subjects = _planned(space, target, blocks, networks, seed, known)
-    tables.write_subjects(target.slug, [_table_subject(s) for s in subjects], folder)
-    anchors = _anchors(subjects, known, tables.read(target.slug, folder))
     written: list[tables.Measurement] = []
-    had = _sessions_of(target.slug, folder)
-    for number in range(sessions):
-        counts = _sessions_of(target.slug, folder)
-        todo = [s for s in subjects if len(counts.get(s.key, {})) <= number]
-        if not todo:
-            continue
-        _wait(todo, counts, protocol.separation_s, report)
-        session = Session(
-            name=_now(),
-            sheet=target,
-            backend=backend,
-            protocol=protocol,
-            anchors=anchors,
-            seed=seed + 7919 * number,
-            clocks=clocks or Clocks(),
-        )
-        for rows, message, done in session.measure(todo):
-            tables.append(target.slug, rows, folder)
-            written += rows
-            report(message, done, len(todo))
+    path = tables.table_path(target.slug, ".csv", folder)
+    with writing(target.slug, folder):
+        had = _sessions_of(target, folder)
+        # Subjects that a table already has are not written again: a predictor fitted to it would count as outdated.
+        recorded = tables.subjects(target.slug, folder)
+        if new := [one for s in subjects if recorded.get(s.key) != (one := table_subject(s))]:
+            tables.write_subjects(target.slug, new, folder)
+        anchors = _anchors(subjects, known, tables.read(target.slug, folder), chip_of(target))
+        work = _Work(subjects, sessions, had, progress or (lambda message, done, total: None))
+        try:
+            for number in range(sessions):
+                counts = _sessions_of(target, folder)
+                todo = [s for s in subjects if len(counts.get(s.key, {})) <= number]
+                if not todo:
+                    continue
+                _wait(todo, counts, protocol.separation_s, work.say)
+                session = Session(
+                    name=_now(),
+                    sheet=target,
+                    backend=backend,
+                    protocol=protocol,
+                    anchors=anchors,
+                    seed=seed + 7919 * number,
+                    clocks=clocks or Clocks(),
+                )
+                work.say("loading the first subjects")
+                for rows, message, done in session.measure(todo):
+                    tables.append(target.slug, rows, folder)
+                    written += rows
+                    work.say(message, done)
+                work.finished(len(todo))
+        except NasError as error:
+            if not written:
+                raise
+            raise NasError(
+                f"{error.message}; the {len(written)} rows measured before are kept in {path}",
+                hint=error.hint or "the same command, once that is mended: it measures what is left",
+            ) from error
+    counts = _sessions_of(target, folder)
     return MeasureSummary(
-        path=tables.table_path(target.slug, ".csv", folder),
+        path=path,
         sessions=tuple(dict.fromkeys(began(row.session) for row in written)),
         rows=len(written),
         flagged=sum(bool(row.flagged) for row in written),
         skipped=sum(len(had.get(s.key, {})) >= sessions for s in subjects),
-        lacking=sum(len(_sessions_of(target.slug, folder).get(s.key, {})) < sessions for s in subjects),
+        lacking=sum(len(counts.get(s.key, {})) < sessions for s in subjects),
         repeatability=_repeatability(tables.read(target.slug, folder), {s.key for s in subjects}),
-        chip=processor(),
+        chip=chip_of(target),
         contention=_contention(written),
         wall_s=time.perf_counter() - start,
         cpu_s=time.process_time() - cpu,
     )
 
 
+class _Work:
+    """How much of a run is done, over all its sessions."""
+
+    def __init__(self, subjects: Sequence[Subject], sessions: int, had: Mapping[str, object], report: Progress) -> None:
+        counts = {key: len(found) for key, found in had.items() if isinstance(found, Mapping)}
+        self.total = sum(max(0, sessions - counts.get(s.key, 0)) for s in subjects)
+        self.done = 0
+        self.report = report
+
+    def say(self, message: str, done: int = 0) -> None:
+        """Reports what is done now, `done` subjects of the present session being finished."""
+        self.report(message, min(self.done + done, self.total), self.total)
+
+    def finished(self, subjects: int) -> None:
+        """Counts a session of that many subjects as done."""
+        self.done += subjects
+        self.say("session over")
+
+
 def plan(
-    space: SearchSpace, target: DeviceSheet, blocks: int, networks: int, *, seed: int = 0, folder: Path | None = None
-) -> tuple[Subject, ...]:
-    """The subjects that `run` would measure with the same arguments; nothing is measured or written."""
-    return _planned(space, target, blocks, networks, seed, _known(space, target, folder))
-
-
-def _planned(
-    space: SearchSpace, target: DeviceSheet, blocks: int, networks: int, seed: int, known: Sequence[Subject]
-) -> tuple[Subject, ...]:
-    _, limits = settings(target)
-    return choose(space, blocks, networks, seed=seed, limits=limits, batch=target.target.batch, known=known)
-
-
-def _known(space: SearchSpace, target: DeviceSheet, folder: Path | None) -> tuple[Subject, ...]:
-    pixels = {row.subject: row.resolution_px for row in tables.read(target.slug, folder)}
-    return known_subjects(space, tables.subjects(target.slug, folder), pixels, batch=target.target.batch)
-
-
-def _anchors(
-    subjects: Sequence[Subject], known: Sequence[Subject], rows: Sequence[tables.Measurement]
-) -> tuple[Subject, ...]:
-    """The anchors of earlier sessions on this machine, without which sessions cannot be aligned; new ones at first."""
-    here = processor()
-    labels: dict[str, set[str]] = {}
-    for row in rows:
-        if row.chip == here:
-            labels.setdefault(row.subject, set()).add(row.session)
-    everywhere = set().union(*labels.values())
-    earlier = tuple(s for s in known if len(everywhere) > 1 and labels.get(s.key) == everywhere)
-    return earlier or pick_anchors(subjects)
-
-
-def choose(
-    space: SearchSpace,
+    spaces: Sequence[SearchSpace],
+    target: DeviceSheet,
     blocks: int,
     networks: int,
     *,
     seed: int = 0,
-    limits: Limits | None = None,
-    batch: int = 1,
-    known: Sequence[Subject] = (),
+    like: DeviceSheet | None = None,
+    folder: Path | None = None,
 ) -> tuple[Subject, ...]:
-    """The subjects of a run: the known ones first, then newly drawn ones up to the numbers asked for."""
-    limits = limits or Limits()
-    had = {kind: [s for s in known if s.kind == kind] for kind in ("block", "network")}
-    new_blocks = sample_blocks(
-        space, _lacking(blocks, had["block"]), seed=seed, batch=batch, most_gmac=limits.most_block_gmac
-    )
-    new_networks = sample_networks(
-        space,
-        _lacking(networks, had["network"]),
-        seed=seed,
-        batch=batch,
-        least_gmac=limits.least_network_gmac,
-        most_gmac=limits.most_network_gmac,
-    )
-    return (
-        *_distinct([*had["block"], *new_blocks])[:blocks],
-        *_distinct([*had["network"], *new_networks])[:networks],
-        *(components(space, most_gmac=limits.most_component_gmac) if limits.components else ()),
-    )
+    """The subjects that `run` would measure with the same arguments; nothing is measured or written.
 
-
-def _lacking(asked: int, known: Sequence[Subject]) -> int:
-    """How many to draw: the whole sample where the known do not suffice, since some of it may be known."""
-    return asked if len(known) < asked else 0
-
-
-def _distinct(subjects: Sequence[Subject]) -> tuple[Subject, ...]:
-    return tuple({subject.key: subject for subject in subjects}.values())
-
-
-def settings(sheet: DeviceSheet) -> tuple[Protocol, Limits]:
-    """The sheet's [protocol] table over the defaults.
-
-    Raises:
-        NasError: the target's rows are published, so its [protocol] is not ours.
-        UsageError: a key that is neither of `Protocol` nor of `Limits`.
+    For a target that nothing here can run, they are what is worth measuring on it elsewhere.
     """
-    _backend_name(sheet)
-    names = {kind: {f.name for f in fields(kind)} for kind in (Protocol, Limits)}
-    for key in sheet.protocol:
-        if not any(key in known for known in names.values()):
-            raise unknown("key", key, set().union(*names.values()), where=f"[protocol] of {sheet.path}")
-    given = {kind: {k: v for k, v in sheet.protocol.items() if k in known} for kind, known in names.items()}
-    return Protocol(**given[Protocol]), Limits(**given[Limits])
+    return _planned(spaces, target, blocks, networks, seed, known_to(spaces, target, like, folder))
 
 
-def _backend_name(sheet: DeviceSheet) -> str:
-    if sheet.backend is None:
-        raise NasError(
-            f"target {sheet.alias} cannot be measured from here: {sheet.path} names no backend, its rows are published",
-            hint="nas devices",
-        )
-    return sheet.backend
+def _planned(
+    spaces: Sequence[SearchSpace], target: DeviceSheet, blocks: int, networks: int, seed: int, known: Sequence[Subject]
+) -> tuple[Subject, ...]:
+    limits = limits_of(target) if target.backend is None else settings(target)[1]
+    return choose(spaces, blocks, networks, seed=seed, limits=limits, batch=target.target.batch, known=known)
+
+
+def _anchors(
+    subjects: Sequence[Subject], known: Sequence[Subject], rows: Sequence[tables.Measurement], chip: str
+) -> tuple[Subject, ...]:
+    """The anchors of earlier sessions on this machine, by which groups are compared best; new ones at first.
+
+    Those are what most groups have, and far more of them than anything else.
+    """
+    groups: dict[str, set[str]] = {}
+    for row in rows:
+        if row.chip == chip and row.subject_kind != "component":
+            groups.setdefault(row.subject, set()).add(row.session)
+    everywhere = set().union(*groups.values())
+    often = {key for key, seen in groups.items() if len(everywhere) > 1 and len(seen) > len(everywhere) / 2}
+    return tuple(s for s in distinct([*known, *subjects]) if s.key in often) or pick_anchors(subjects)
+
+
+def cannot(sheet: DeviceSheet) -> str | None:
+    """Why a target cannot be measured from here, or None."""
+    try:
+        _backend(sheet)
+    except NasError as error:
+        return error.message
+    return None
 
 
 def _backend(sheet: DeviceSheet) -> ModuleType:
-    backend = registry.load("nas.backends", _backend_name(sheet))
+    backend = registry.load("nas.backends", backend_name(sheet))
     reason = backend.unavailable()
     if reason is not None:
         raise NasError(f"target {sheet.alias} cannot be measured here: {reason}")
     return backend
 
 
-def _table_subject(subject: Subject) -> tables.Subject:
-    return tables.Subject(
-        key=subject.key,
-        kind=subject.kind,
-        name=subject.name,
-        spec=subject.spec or {},
-        features={} if subject.features is None else tables.feature_map(subject.features),
-        macs=subject.macs,
-        params=subject.params,
-    )
-
-
-def _sessions_of(slug: str, folder: Path | None) -> dict[str, dict[str, str]]:
-    """Subject -> its unflagged sessions on a machine like this one -> when the subject was last measured in it."""
+def _sessions_of(sheet: DeviceSheet, folder: Path | None) -> dict[str, dict[str, str]]:
+    """Subject -> its unflagged sessions on what this run measures -> when the subject was last measured in it."""
     found: dict[str, dict[str, str]] = {}
-    here = processor()
-    for row in tables.read(slug, folder):
-        if row.used and row.chip == here:
+    chip = chip_of(sheet)
+    for row in tables.read(sheet.slug, folder):
+        if row.used and row.chip == chip:
             found.setdefault(row.subject, {})[began(row.session)] = row.measured_at
     return found
 
 
 def _wait(
-    todo: Sequence[Subject], counts: Mapping[str, Mapping[str, str]], separation_s: float, report: Progress
+    todo: Sequence[Subject],
+    counts: Mapping[str, Mapping[str, str]],
+    separation_s: float,
+    report: Callable[[str], None],
 ) -> None:
     """Sleeps until the latest row of the subjects is old enough: what disturbs one session must not reach the next."""
-    latest = [max(counts[s.key].values()) for s in todo if counts.get(s.key)]
-    if not latest:
+    ended = [moment for s in todo for text in counts.get(s.key, {}).values() if (moment := _moment(text)) is not None]
+    if not ended:
         return
-    age = datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(max(latest))
+    age = datetime.datetime.now(datetime.UTC) - max(ended)
     remaining = separation_s - age.total_seconds()
     if remaining > 0:
-        report(f"waiting {remaining:.0f} s to keep the sessions apart", 0, len(todo))
+        report(f"waiting {remaining:.0f} s to keep the sessions apart")
         time.sleep(remaining)
+
+
+def _moment(text: str) -> datetime.datetime | None:
+    """When a row was measured; None where it does not say to the second, as rows brought from elsewhere need not."""
+    try:
+        found = datetime.datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return found if found.tzinfo else None
 
 
 def _repeatability(rows: Sequence[tables.Measurement], keys: set[str]) -> float | None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from nas import families, tables
-from nas.measure.subjects import Subject, block_subject, network_subject
-from nas.network import BlockSpec, NetworkSpec, Scale
+from nas import families, registry, tables
+from nas.measure.subjects import Subject, block_subject, network_subject, rebuilt
+from nas.network import BlockSpec, Scale
 from nas.op import FEATURES
 from nas.space import SearchSpace
 
@@ -21,26 +21,25 @@ _CANDIDATES_FOR_BLOCKS = 30
 _NETWORK_SCALES = ((4, 32), (4, 16), (2, 16), (4, 64), (2, 32))
 # For targets whose limits leave nothing at the scales above.
 _SMALLEST_SCALES = ((4, 8),)
+# Families without small copies are measured as they are, on small latents.
+_FULL_WIDTH_SIDES = (8, 16, 4)
 
 
 def known_subjects(
-    space: SearchSpace, recorded: Mapping[str, tables.Subject], pixels: Mapping[str, int | None], *, batch: int
+    spaces: Sequence[SearchSpace],
+    recorded: Mapping[str, tables.Subject],
+    pixels: Mapping[str, int | None],
+    *,
+    batch: int,
 ) -> tuple[Subject, ...]:
-    """The blocks and networks of `space` that a table already has, traced again.
+    """The blocks and networks of `spaces` that a table already has, traced again: a later session must repeat them.
 
-    A later session must repeat them, and a change of the tracer must not leave old features beside new ones. `pixels`
-    tells each one's resolution where its rows do.
+    `pixels` tells each one's resolution where its rows do.
     """
-    found = []
-    for key, old in recorded.items():
-        if old.spec.get("space") != space.name:
-            continue
-        px = pixels.get(key)
-        if old.kind == "block":
-            found.append(block_subject(BlockSpec.from_json(old.spec), space.name, px, batch))
-        elif old.kind == "network":
-            found.append(network_subject(NetworkSpec.from_json(old.spec), space.name, px, batch))
-    return tuple(found)
+    names = {space.name for space in spaces}
+    wanted = [s for s in recorded.values() if s.kind in ("block", "network") and s.spec.get("space") in names]
+    found = [rebuilt(subject, pixels.get(subject.key), batch) for subject in wanted]
+    return tuple(subject for subject in found if subject is not None)
 
 
 def sample_blocks(
@@ -68,7 +67,7 @@ def sample_blocks(
                 tags[spec.key] |= choices
         keys = [key for key, subject in pool.items() if subject.macs / 1e9 <= most_gmac]
         vectors = np.array([pool[key].features for key in keys]).reshape(len(keys), len(FEATURES))
-        picked = _diverse(_log_scaled(vectors), [tags[key] for key in keys], share, seed)
+        picked = diverse(log_scaled(vectors), [tags[key] for key in keys], share, seed)
         chosen.update((keys[i], pool[keys[i]]) for i in picked)
     return tuple(chosen.values())
 
@@ -81,10 +80,12 @@ def sample_networks(
     batch: int = 1,
     least_gmac: float = 0.3,
     most_gmac: float = 12.0,
+    most_mparams: float = 64.0,
 ) -> tuple[Subject, ...]:
     """`count` small networks: the space's references and diverse candidates, with widths and latent scaled down.
 
-    References come first; what lies outside `least_gmac` to `most_gmac` at its scale is passed over.
+    References come first. Each is tried at several scales, beginning with another one each time, until it has between
+    `least_gmac` and `most_gmac` and at most `most_mparams` million parameters; one that never has is passed over.
     """
     if not count:
         return ()
@@ -93,18 +94,31 @@ def sample_networks(
     rows = np.concatenate([published, space.sample(8 * count, seed)])
     sizes = np.array([max(len(choice.values) - 1, 1) for choice in space.choices])
     tags = [set(enumerate(row.tolist())) for row in rows]
-    order = _diverse(rows / sizes, tags, 3 * count, seed, first=len(references))
-    chosen: list[Subject] = []
-    for scales in (_NETWORK_SCALES, _SMALLEST_SCALES):
-        for position, index in enumerate(order):
-            if len(chosen) == count:
+    order = diverse(rows / sizes, tags, 3 * count, seed, first=len(references))
+    chosen: dict[str, Subject] = {}
+    for position, index in enumerate(order):
+        if len(chosen) == count:
+            break
+        for subject in _sized(space, rows[index], position, batch):
+            size = subject.macs / 1e9
+            if least_gmac <= size <= most_gmac and subject.params <= most_mparams * 1e6 and subject.key not in chosen:
+                chosen[subject.key] = subject
                 break
-            divisor, side = scales[position % len(scales)]
-            network = families.scaled(space.from_row(rows[index]), _scale(space, divisor, side))
-            subject = network_subject(network, space.name, side * space.input.pixels_per_latent, batch)
-            if least_gmac <= subject.macs / 1e9 <= most_gmac:
-                chosen.append(subject)
-    return tuple(chosen)
+    return tuple(chosen.values())
+
+
+def _sized(space: SearchSpace, row: np.ndarray, turn: int, batch: int) -> Iterator[Subject]:
+    """A candidate at one scale after another, beginning with the `turn`-th."""
+    small = getattr(registry.load("nas.families", space.family), "NO_PROXY", None) is None
+    scales = _NETWORK_SCALES if small else tuple((1, side) for side in _FULL_WIDTH_SIDES)
+    start = turn % len(scales)
+    for divisor, side in (*scales[start:], *scales[:start], *(_SMALLEST_SCALES if small else ())):
+        px = side * space.input.pixels_per_latent
+        if small:
+            network = families.scaled(space.from_row(row), _scale(space, divisor, side))
+        else:
+            network = families.network(space.at_resolution(px).from_row(row))
+        yield network_subject(network, space.name, px, batch)
 
 
 def _blocks(space: SearchSpace, seed: int) -> Iterator[tuple[BlockSpec, set[tuple[str, Any]]]]:
@@ -136,7 +150,7 @@ def _scale(space: SearchSpace, divisor: int, side: int) -> Scale:
     )
 
 
-def _log_scaled(vectors: np.ndarray) -> np.ndarray:
+def log_scaled(vectors: np.ndarray) -> np.ndarray:
     """Features [n, F] on a scale on which a factor of two counts alike everywhere and zero stays apart."""
     present = np.where(vectors > 0, vectors, np.nan)
     if not len(vectors):
@@ -147,7 +161,7 @@ def _log_scaled(vectors: np.ndarray) -> np.ndarray:
     return logs / np.where(spread > 0, spread, 1.0)
 
 
-def _diverse(points: np.ndarray, tags: Sequence[set[Any]], count: int, seed: int, first: int = 0) -> list[int]:
+def diverse(points: np.ndarray, tags: Sequence[set[Any]], count: int, seed: int, first: int = 0) -> list[int]:
     """Indices of `count` diverse points.
 
     The `first` ones; then, until all tags are covered, those that bring most new tags, the farthest among equals; then

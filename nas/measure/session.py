@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from nas import tables
 from nas.backends import Loaded
@@ -40,6 +42,14 @@ def began(label: str) -> str:
     return label.partition("/")[0]
 
 
+def chip_of(sheet: DeviceSheet) -> str:
+    """What the rows of a run carry as their chip: this machine's processor, or what a device elsewhere is said to be.
+
+    A sheet cannot be trusted on which CPU this is. Another device its backend has to ask.
+    """
+    return processor() if sheet.target.device == "cpu" else sheet.chip
+
+
 @dataclass(kw_only=True)
 class Session:
     """Measures subjects on a target under one session name.
@@ -65,8 +75,9 @@ class Session:
         Raises:
             NasError: a subject cannot be built, loaded or run; it is named.
         """
-        statistic = statistic_for(self.sheet)
+        self._prepare([*self.anchors, *subjects])
         anchors = {s.key: self._load(s) for s in self.anchors}
+        statistic = statistic_for(self.sheet, elsewhere=any(a.device_ms is not None for a in anchors.values()))
         # The anchors alone first, so that the first group too has something to be compared with.
         self._note(self._time(anchors, 0), statistic)
         done = turn = 0
@@ -96,15 +107,23 @@ class Session:
         size = self.protocol.group
         return [[rest[i] for i in order[start : start + size]] for start in range(0, max(len(rest), 1), size)]
 
-    def _load(self, subject: Subject) -> Loaded:
+    def _prepare(self, subjects: Sequence[Subject]) -> None:
+        """Lets a backend that has something to do for all subjects before the first is loaded do it (tuning)."""
+        prepare = getattr(self.backend, "prepare", None)
+        if prepare is not None:
+            with _naming(f"preparing {len(subjects)} subjects for {self.sheet.slug}"):
+                prepare((self._built(s) for s in subjects), self.sheet.target, self.sheet.options)
+
+    def _built(self, subject: Subject) -> tuple[nn.Module, dict[str, Tensor]]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            module, inputs = subject.build(self.sheet.target.batch)
-        try:
-            loaded: Loaded = self.backend.load(module, inputs, self.sheet.target)
+            return subject.build(self.sheet.target.batch)
+
+    def _load(self, subject: Subject) -> Loaded:
+        module, inputs = self._built(subject)
+        with _naming(f"subject {subject.name} ({subject.key})"):
+            loaded: Loaded = self.backend.load(module, inputs, self.sheet.target, self.sheet.options)
             output = loaded()
-        except NasError as error:
-            raise NasError(f"subject {subject.name} ({subject.key}): {error.message}", hint=error.hint) from error
         if not np.isfinite(output).all():
             raise NasError(
                 f"subject {subject.name} ({subject.key}) returns numbers that are not finite; its time means little"
@@ -112,7 +131,8 @@ class Session:
         return loaded
 
     def _time(self, loaded: Mapping[str, Loaded], turn: int) -> dict[str, Samples]:
-        return time_group(loaded, protocol=self.protocol, seed=self.seed + turn, clocks=self.clocks)
+        with _naming(f"timing {len(loaded)} subjects on {self.sheet.slug}"):
+            return time_group(loaded, protocol=self.protocol, seed=self.seed + turn, clocks=self.clocks)
 
     def _note(self, samples: Mapping[str, Samples], statistic: str) -> None:
         for anchor in self.anchors:
@@ -126,7 +146,7 @@ class Session:
         return float(np.median(ratios)) if ratios else 0.0
 
     def _row(self, subject: Subject, samples: Samples, loaded: Loaded, label: str, flag: str) -> tables.Measurement:
-        target, statistic = self.sheet.target, statistic_for(self.sheet)
+        target, statistic = self.sheet.target, statistic_for(self.sheet, elsewhere=loaded.device_ms is not None)
         return tables.Measurement(
             target=self.sheet.slug,
             subject=subject.key,
@@ -139,7 +159,7 @@ class Session:
             flagged=flag,
             batch=target.batch,
             device=target.device,
-            chip=processor(),
+            chip=chip_of(self.sheet),
             resolution_px=subject.resolution_px,
             role=subject.role,
             source="measured",
@@ -147,3 +167,15 @@ class Session:
             environment=", ".join(f"{name} {value}" for name, value in loaded.describe().items()),
             measured_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
+
+
+@contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Says what was being done when a backend refused or its runtime failed: a server that went away, no memory."""
+    try:
+        yield
+    except NasError as error:
+        raise NasError(f"{what}: {error.message}", hint=error.hint) from error
+    except (RuntimeError, OSError) as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise NasError(f"{what}: the runtime failed: {said}") from error

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from nas import components as parts
-from nas.build import build, build_block, example_inputs
+from nas import families, registry, tables
+from nas.build import build, build_block, check, example_inputs
 from nas.network import BlockSpec, NetworkSpec
 from nas.op import features
-from nas.space import SearchSpace
+from nas.space import Candidate, SearchSpace, load_space
 from nas.trace import trace_block
 
 _COMPONENT_PIXELS = (256, 512, 1024)
@@ -121,4 +122,57 @@ def network_subject(spec: NetworkSpec, space: str, px: int | None, batch: int) -
         features=features(ops),
         macs=sum(op.macs for op in ops),
         params=sum(op.weight_bytes for op in ops) // 4,
+    )
+
+
+def reference_subject(space: str, name: str, px: int | None, batch: int) -> Subject:
+    """A published network of a space, at images of `px` pixels or at its own size.
+
+    Raises:
+        UsageError: no such space or reference, or a size that it cannot take.
+    """
+    candidate = load_space(space).published(name)
+    if px is not None:
+        candidate = candidate.space.at_resolution(px).candidate(**candidate.choices)
+    return candidate_subject(candidate, batch)
+
+
+def candidate_subject(candidate: Candidate, batch: int) -> Subject:
+    """A candidate's network at full size."""
+    space = candidate.space
+    return network_subject(families.network(candidate), space.name, space.resolution_px, batch)
+
+
+def rebuilt(recorded: tables.Subject, px: int | None, batch: int) -> Subject | None:
+    """A table's block or network as something that can be built and measured; None where the table does not say how.
+
+    It is traced again: a change of the tracer must not leave old features beside new ones.
+
+    Raises:
+        UsageError: a kind of block that this version does not have.
+    """
+    spec = recorded.spec
+    if recorded.kind == "block" and "inputs" in spec:
+        block = BlockSpec.from_json(spec)
+        registry.load("nas.blocks", block.kind)
+        return block_subject(block, spec.get("space", ""), px, batch)
+    if "blocks" in spec:
+        network = NetworkSpec.from_json(spec)
+        check(network)
+        return network_subject(network, spec.get("space", ""), px, batch)
+    if recorded.kind == "reference" and {"space", "reference"} <= set(spec):
+        return reference_subject(spec["space"], spec["reference"], spec.get("resolution_px"), batch)
+    return None
+
+
+def table_subject(subject: Subject) -> tables.Subject:
+    """A subject as a table keeps it."""
+    return tables.Subject(
+        key=subject.key,
+        kind=subject.kind,
+        name=subject.name,
+        spec=subject.spec or {},
+        features={} if subject.features is None else tables.feature_map(subject.features),
+        macs=subject.macs,
+        params=subject.params,
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nas.backends import Loaded
 from nas.device import DeviceSheet
 
 STATISTICS = ("min_cpu", "min_wall", "median_wall")
@@ -57,7 +58,12 @@ class Clocks:
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """All samples of one subject in ms per call, in the order they were taken."""
+    """All samples of one subject in ms per call, in the order they were taken.
+
+    Attributes:
+        wall_ms: by the clock of the machine that ran it.
+        cpu_ms: by the CPU time of this process; empty where another machine ran it.
+    """
 
     wall_ms: tuple[float, ...] = ()
     cpu_ms: tuple[float, ...] = ()
@@ -80,11 +86,13 @@ class Samples:
     @property
     def contention(self) -> float:
         """Median of wall over CPU time: 1 on a quiet machine with one thread, more when others run on the core."""
+        if not self.cpu_ms:
+            return 1.0
         return statistics.median(w / c if c > 0 else 1.0 for w, c in zip(self.wall_ms, self.cpu_ms, strict=True))
 
 
-def statistic_for(sheet: DeviceSheet) -> str:
-    """The statistic that a device's rows use.
+def statistic_for(sheet: DeviceSheet, *, elsewhere: bool = False) -> str:
+    """The statistic that a device's rows use; `elsewhere`: it runs on another machine, whose CPU time is not known.
 
     A dedicated device is described by its median. On a shared CPU others only ever add time, so the minimum is
     nearest to the truth: of CPU time where one thread computes (then CPU time is busy time, and waiting for a core
@@ -92,7 +100,7 @@ def statistic_for(sheet: DeviceSheet) -> str:
     """
     if not sheet.shared:
         return "median_wall"
-    return "min_cpu" if sheet.target.threads == 1 else "min_wall"
+    return "min_cpu" if sheet.target.threads == 1 and not elsewhere else "min_wall"
 
 
 def describe(protocol: Protocol, statistic: str) -> str:
@@ -104,7 +112,7 @@ def describe(protocol: Protocol, statistic: str) -> str:
 
 
 def time_group(
-    runs: Mapping[str, Callable[[], object]], *, protocol: Protocol, seed: int, clocks: Clocks
+    runs: Mapping[str, Loaded | Callable[[], object]], *, protocol: Protocol, seed: int, clocks: Clocks
 ) -> dict[str, Samples]:
     """Times a group of subjects, interleaved: each round goes over all of them in a new random order.
 
@@ -132,11 +140,12 @@ def time_group(
     return samples
 
 
-def _warm_up(run: Callable[[], object], protocol: Protocol, clocks: Clocks) -> float:
-    """Runs until two calls in a row are near the fastest; returns the fastest call's CPU time in ms."""
+def _warm_up(run: Loaded | Callable[[], object], protocol: Protocol, clocks: Clocks) -> float:
+    """Runs until two calls in a row are near the fastest; returns the fastest call's busy time in ms."""
     best, steady = sys.float_info.max, 0
     for _ in range(protocol.most_warm_up):
-        took = _sample(run, 1, clocks).cpu_ms[0]
+        found = _sample(run, 1, clocks)
+        took = (found.cpu_ms or found.wall_ms)[0]
         near = abs(took - best) <= protocol.stable_within * min(took, best)
         steady, best = steady + 1 if near else 0, min(best, took)
         if steady == 2:
@@ -153,7 +162,9 @@ def _per_round(typical_ms: float, protocol: Protocol) -> int:
     return max(1, min(protocol.most_per_round, int(protocol.round_ms / once)))
 
 
-def _sample(run: Callable[[], object], calls: int, clocks: Clocks) -> Samples:
+def _sample(run: Loaded | Callable[[], object], calls: int, clocks: Clocks) -> Samples:
+    if isinstance(run, Loaded) and run.device_ms is not None:
+        return Samples(wall_ms=(run.device_ms(calls),))
     wall, cpu = clocks.wall(), clocks.cpu()
     for _ in range(calls):
         run()

@@ -27,11 +27,15 @@ _LONG = 40  # a text of more characters is broken into lines
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A table cell: what is read, and what is sorted by where that is not the text itself."""
+    """A table cell: what is read, and what is sorted by where that is not the text itself.
+
+    `share`, a fraction, is drawn as a bar behind the text.
+    """
 
     text: str
     sort: float | str | None = None
     code: bool = False
+    share: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +112,8 @@ def _cell(value: Cell | str) -> str:
     order = "" if cell.sort is None else f' data-sort="{escape(cell.sort)}"'
     text = f"<code>{escape(cell.text)}</code>" if cell.code else escape(cell.text)
     kind = "number" if is_figure else "long" if len(cell.text) > _LONG and not cell.code else ""
+    if cell.share is not None and math.isfinite(cell.share):
+        kind, order = f"{kind} bar".strip(), f'{order} style="--share:{100 * min(max(cell.share, 0.0), 1.0):.1f}%"'
     return f'<td class="{kind}"{order}>{text}</td>' if kind else f"<td{order}>{text}</td>"
 
 

@@ -89,7 +89,7 @@ class Pricer:
     def __init__(self, space: SearchSpace, precision: str = "fp32") -> None:
         self.space = space
         self.precision = precision
-        self._bytes = bytes_per_element(precision)
+        self._weight_bytes, self._activation_bytes = bytes_per_element(precision)
 
     def prepare(self, progress: Progress | None = None) -> None:
         """Traces every block of the space: about half a minute the first time, later from the cache in seconds.
@@ -207,8 +207,8 @@ class Pricer:
             features=summed,
             params=totals[:, _PARAMS],
             macs=totals[:, _MACS],
-            weight_bytes=totals[:, _PARAMS] * self._bytes,
-            peak_activation_bytes=peak // _TRACED * self._bytes,
+            weight_bytes=totals[:, _PARAMS] * self._weight_bytes,
+            peak_activation_bytes=peak // _TRACED * self._activation_bytes,
         )
 
     def _peak(self, entries: dict[Index, np.ndarray], own: np.ndarray) -> np.ndarray:

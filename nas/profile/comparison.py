@@ -9,7 +9,8 @@ from typing import Any
 import pandas as pd
 
 from nas.errors import UsageError
-from nas.profile.network import OPERATIONS, Profile
+from nas.profile.network import Profile
+from nas.profile.operators import OPERATIONS
 from nas.profile.subject import Subject
 from nas.profile.words import NAMES, change, difference
 

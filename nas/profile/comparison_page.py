@@ -9,7 +9,7 @@ from nas.page import Cell, Figure, Section, escape
 from nas.page.numbers import UNKNOWN, known, significant
 from nas.page.plots import axis, layout
 from nas.profile.comparison import Comparison
-from nas.profile.network import OPERATIONS
+from nas.profile.operators import OPERATIONS
 from nas.profile.words import NAMES, change, difference, shown
 
 _UNITS = {"params": ("million parameters", 1e6), "macs": ("GMACs", 1e9), "step_ms": ("ms", 1.0)}

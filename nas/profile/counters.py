@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nas.build import Network, build, example_inputs
 from nas.network import NetworkSpec
+from nas.profile.operators import OPERATIONS, macs_of
 from nas.trace import block_trace
 
 _SDPA = "scaled_dot_product_attention"
@@ -48,6 +49,7 @@ class Count:
         params: parameters that it sees; None if it counts none.
         latent: "HxW" of the latent it was run at.
         leaves_out: what it does not count, or why it could not run.
+        why: one line on how it comes to differ from ours on this network, with the figures; or why it could not run.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Count:
     params: int | None
     latent: str
     leaves_out: str
+    why: str
 
 
 def count_all(spec: NetworkSpec, progress: Progress | None = None) -> tuple[Count, ...]:
@@ -85,9 +88,39 @@ def count(spec: NetworkSpec, counter: str) -> list[Count]:
             params=params,
             latent=f"{spec.input.height}x{spec.input.width}",
             leaves_out=reason or LEAVES_OUT[name],
+            why=reason or _why(name, macs or 0, *_known(spec)),
         )
         for name, macs, params in figures
     ]
+
+
+def _known(spec: NetworkSpec) -> tuple[int, int]:
+    """Our MACs of the network, and those of them that are attention's matmuls."""
+    ops = [op for block in spec.blocks for op in block_trace(block).ops]
+    return sum(op.macs for op in ops), macs_of(ops, OPERATIONS["attention"])
+
+
+def _why(name: str, macs: int, ours: int, attention: int) -> str:
+    """The difference to ours as attention, where the counter leaves it out, and the rest."""
+    missed = f"{attention / 1e9:.1f} of {ours / 1e9:.1f} GMAC, {attention / max(ours, 1):.1%}".replace("%", " %")
+    if name == OURS:
+        return f"counts convolutions, linear layers and attention matmuls ({missed})"
+    if name == TORCH:
+        same = "counts what we count" if macs == ours else _rest(macs - ours, ours)
+        return f"{same}; on CPU tensors it would leave out attention, silently: {missed}"
+    if name == FVCORE_SDPA:
+        return f"given a rule for attention ({missed}), {_rest(macs - ours, ours)}"
+    said = f"leaves out attention matmuls: {missed}" if attention else "no attention to leave out"
+    return f"{said}; {_rest(macs - (ours - attention), ours)}"
+
+
+def _rest(difference: int, ours: int) -> str:
+    """What else makes a difference, with its sign and share of ours."""
+    if not difference:
+        return "otherwise equal"
+    cause = "counts norms and resizes by element" if difference > 0 else "leaves out layers that it does not see"
+    share = f"{difference / max(ours, 1):+.2%}".replace("%", " %").replace("-", "−")
+    return f"{cause}: {difference / 1e9:+.3g} GMAC, {share}".replace(" -", " −")
 
 
 class _Called(nn.Module):

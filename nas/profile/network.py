@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -13,20 +13,18 @@ from nas.cost import Cost, bytes_per_element, cost, network_peak_bytes
 from nas.device import DeviceSheet
 from nas.evaluate import Breakdown, breakdown
 from nas.latency import LatencyPredictor
-from nas.op import Op, features
+from nas.network import BlockSpec
 from nas.profile.counters import Count, count_all
+from nas.profile.measured import Measured, measure
+from nas.profile.operators import OPERATIONS, by_kind, macs_of, part, stage
+from nas.profile.roof import Roof
+from nas.profile.shares import headline, shares
 from nas.profile.subject import Subject
-from nas.trace import block_trace
+from nas.trace import Trace, block_trace
 
 Progress = Callable[[str, int, int, str], None]
 _TRACED = 4  # traces state bytes at float32
 
-# The groups that MACs are told by, and the operator kinds in each.
-OPERATIONS: Mapping[str, tuple[str, ...]] = {
-    "conv": ("conv", "pointwise", "depthwise"),
-    "linear": ("linear",),
-    "attention": ("attention",),
-}
 _SUMMED = ("params", "macs", *(f"{group}_macs" for group in OPERATIONS), "weight_bytes", "activation_bytes", "step_ms")
 
 
@@ -49,11 +47,15 @@ class Profile:
     Attributes:
         subject: what was profiled.
         precision: what bytes are stated at.
-        blocks: in execution order, one row each: name, kind, stage, params, macs, of these conv_macs, linear_macs and
-            attention_macs (the matmuls of attention), weight_bytes, activation_bytes (read and written by its
-            operators), peak_bytes, step_ms and share (NaN without a predictor).
+        blocks: in execution order, one row each: name, kind, stage, part (of `operators.PARTS`), params, macs, of these
+            conv_macs, linear_macs and attention_macs (the matmuls of attention), weight_bytes, activation_bytes (read
+            and written by its operators), peak_bytes, step_ms and share (NaN without a predictor).
+        operators: one row per block and kind of operator: block, stage, part, operator, count, macs, params, bytes
+            (activations and weights), step_ms (the predictor's contribution) and share.
         total: of the network.
         latency: None without a predictor.
+        roof: of the device; None without one.
+        measured: this machine's times; None where nothing was timed.
         counts: MACs of the same network by each counter, empty when not asked for.
         whole: an image with everything else that its space's [pipeline] runs; None when not asked for, or without one.
     """
@@ -61,8 +63,11 @@ class Profile:
     subject: Subject
     precision: str
     blocks: pd.DataFrame
+    operators: pd.DataFrame
     total: Cost
     latency: Latency | None
+    roof: Roof | None = None
+    measured: Measured | None = None
     counts: tuple[Count, ...] = ()
     whole: Breakdown | None = None
 
@@ -84,6 +89,49 @@ class Profile:
         """MACs by group of operations; they add up to the network's."""
         return {group: int(self.blocks[f"{group}_macs"].sum()) for group in OPERATIONS}
 
+    @property
+    def kinds(self) -> pd.DataFrame:
+        """Operators summed over blocks: indexed by operator, the slowest first (without a predictor: most MACs).
+
+        Columns count, macs, params, bytes, step_ms and share.
+        """
+        columns = ["count", "macs", "params", "bytes", "step_ms", "share"]
+        found = self.operators.groupby("operator", sort=False)[columns].sum(min_count=1)
+        return found.sort_values(["step_ms", "macs", "bytes"], ascending=False)
+
+    @property
+    def shares(self) -> pd.DataFrame:
+        """Stage by part: see `nas.profile.shares.shares`."""
+        return shares(self.blocks)
+
+    @property
+    def headline(self) -> str:
+        """Where parameters and time are, in one sentence without its end."""
+        return headline(self.shares)
+
+    @property
+    def rates(self) -> pd.DataFrame:
+        """How fast blocks run, indexed by name: bytes, intensity (MACs per byte) and, per basis, MACs per second.
+
+        Columns macs, bytes, intensity; predicted_ms and measured_ms (a block inside the network where its nodes were
+        profiled, else alone); predicted_gmac_s and measured_gmac_s; predicted_of_roof and measured_of_roof: the least
+        time under the roof over the time taken. NaN where not known.
+        """
+        blocks = self.blocks.set_index("name")
+        found = blocks[["stage", "part", "macs"]].assign(bytes=blocks["weight_bytes"] + blocks["activation_bytes"])
+        found["intensity"] = found["macs"] / found["bytes"]
+        times = {"predicted": blocks["step_ms"], "measured": self._measured_ms()}
+        least = np.nan if self.roof is None else self.roof.least_ms(found["macs"], found["bytes"])
+        for basis, ms in times.items():
+            found[f"{basis}_ms"] = ms
+            found[f"{basis}_gmac_s"] = found["macs"] / 1e6 / ms
+            found[f"{basis}_of_roof"] = least / ms
+        return found
+
+    def _measured_ms(self) -> pd.Series:
+        ms = {} if self.measured is None else self.measured.best_ms
+        return pd.Series({name: ms.get(name, np.nan) for name in self.blocks["name"]}, dtype=float)
+
     def to_json(self) -> dict[str, Any]:
         """Plain data, as `nas profile --json` prints it."""
         subject, point = self.subject, self.subject.point
@@ -101,8 +149,15 @@ class Profile:
             **asdict(self.total),
             "macs_by_operation": self.operations,
             "latency": None if self.latency is None else asdict(self.latency),
+            "headline": self.headline,
+            "roof": None if self.roof is None else self.roof.to_json(),
             "stages": _records(self.stages.reset_index()),
+            "shares": _records(self.shares),
             "blocks": _records(self.blocks),
+            "kinds": _records(self.kinds.reset_index()),
+            "operators": _records(self.operators),
+            "rates": _records(self.rates.rename_axis("name").reset_index()),
+            "measured": None if self.measured is None else self.measured.to_json(),
             "counters": [asdict(c) for c in self.counts],
             "pipeline": self._pipeline(),
         }
@@ -118,6 +173,7 @@ def profile(
     subject: Subject,
     predictor: LatencyPredictor | None = None,
     *,
+    sheet: DeviceSheet | None = None,
     precision: str = "fp32",
     confidence: float = 0.8,
     progress: Progress | None = None,
@@ -127,6 +183,7 @@ def profile(
     Args:
         subject: which network.
         predictor: prices the blocks in milliseconds; None leaves latency out.
+        sheet: whose roof achieved speed is held against; None leaves that out.
         precision: what weights and activations are held in (a target's, as "fp16").
         confidence: of the latency's interval.
         progress: called with (stage, done, total, note).
@@ -135,36 +192,30 @@ def profile(
         UsageError: unknown precision.
         NasError: the predictor has never seen one of the network's operator kinds.
     """
-    scale = bytes_per_element(precision) / _TRACED
-    spec, rows, vectors = subject.spec, [], []
+    scale = bytes_per_element(precision)[1] / _TRACED  # of activations
+    spec, rows, parts, vectors, owner = subject.spec, [], [], [], []
     for i, block in enumerate(spec.blocks):
         if progress is not None:
             progress("trace", i, len(spec.blocks), block.name)
         trace = block_trace(block)
-        own = cost(trace.ops, trace.peak_bytes, precision)
-        vectors.append(features(trace.ops))
-        rows.append(
-            {
-                "name": block.name,
-                "kind": block.kind,
-                "stage": stage(block.name),
-                "params": own.params,
-                "macs": own.macs,
-                **{f"{group}_macs": _macs(trace.ops, kinds) for group, kinds in OPERATIONS.items()},
-                "weight_bytes": own.weight_bytes,
-                "activation_bytes": int(scale * sum(op.read_bytes + op.written_bytes for op in trace.ops)),
-                "peak_bytes": own.peak_activation_bytes,
-            }
-        )
+        rows.append(_block_row(block, trace, precision, scale))
+        for row, vector in by_kind(trace.ops, precision):
+            place = {"block": block.name, "stage": rows[-1]["stage"], "part": rows[-1]["part"]}
+            parts.append({**place, **row})
+            vectors.append(vector)
+            owner.append(i)
     if progress is not None:
         progress("trace", len(spec.blocks), len(spec.blocks), "blocks traced")
-    table, priced = pd.DataFrame(rows), np.array(vectors)
-    ms = np.full(len(rows), np.nan) if predictor is None else predictor.contributions(priced)
+    priced = np.array(vectors)
+    kind_ms = np.full(len(parts), np.nan) if predictor is None else predictor.contributions(priced)
+    ms = np.bincount(owner, weights=kind_ms, minlength=len(rows))
+    table = pd.DataFrame(rows)
     peaks = [block_trace(block).peak_bytes for block in spec.blocks]
     return Profile(
         subject=subject,
         precision=precision,
         blocks=table.assign(step_ms=ms, share=ms / ms.sum()),
+        operators=pd.DataFrame(parts).assign(step_ms=kind_ms, share=kind_ms / kind_ms.sum()),
         total=Cost(
             params=int(table["params"].sum()),
             macs=int(table["macs"].sum()),
@@ -172,7 +223,36 @@ def profile(
             peak_activation_bytes=int(scale * network_peak_bytes(spec.blocks, peaks)),
         ),
         latency=None if predictor is None else _latency(predictor, priced, confidence),
+        roof=None if sheet is None else Roof.of(sheet),
     )
+
+
+def _block_row(block: BlockSpec, trace: Trace, precision: str, scale: float) -> dict[str, Any]:
+    own = cost(trace.ops, trace.peak_bytes, precision)
+    return {
+        "name": block.name,
+        "kind": block.kind,
+        "stage": stage(block.name),
+        "part": part(block, trace.ops),
+        "params": own.params,
+        "macs": own.macs,
+        **{f"{group}_macs": macs_of(trace.ops, kinds) for group, kinds in OPERATIONS.items()},
+        "weight_bytes": own.weight_bytes,
+        "activation_bytes": int(scale * sum(op.read_bytes + op.written_bytes for op in trace.ops)),
+        "peak_bytes": own.peak_activation_bytes,
+    }
+
+
+def with_measured(
+    found: Profile, sheet: DeviceSheet, progress: Progress | None = None, *, least_repeats: int = 7
+) -> Profile:
+    """The same profile with the network and its blocks timed on this machine: about a minute.
+
+    Raises:
+        UsageError: the device's sheet names no backend.
+        NasError: it cannot run here, or the memory does not suffice.
+    """
+    return replace(found, measured=measure(found.subject.spec, sheet, progress, least_repeats=least_repeats))
 
 
 def with_counters(found: Profile, progress: Progress | None = None) -> Profile:
@@ -194,17 +274,6 @@ def with_pipeline(
         progress("pipeline", 0, 1, "text encoders and decoder")
     whole = breakdown(found.subject.candidate, sheet=sheet, predictor=predictor, confidence=confidence)
     return replace(found, whole=whole)
-
-
-def stage(block: str) -> str:
-    """The stage of a block: "down_blocks.0" of "down_blocks.0.resnets.1", "mid_block" of "mid_block.resnets.0"."""
-    head, _, rest = block.partition(".")
-    number = rest.partition(".")[0]
-    return f"{head}.{number}" if number.isdigit() else head
-
-
-def _macs(ops: tuple[Op, ...], kinds: tuple[str, ...]) -> int:
-    return sum(op.macs for op in ops if op.kind in kinds)
 
 
 def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:

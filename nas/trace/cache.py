@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from nas import registry
 from nas.network import BlockSpec
 from nas.op import Op
 from nas.paths import cache_dir
@@ -65,13 +66,14 @@ def _open() -> Iterator[sqlite3.Connection]:
 
 
 def _name(spec: BlockSpec, batch: int) -> str:
-    return f"{spec.kind}-{spec.key}-{batch}-{_code(spec.kind)}"
+    return f"{spec.kind}-{spec.key}-{batch}-{code_hash(spec.kind)}"
 
 
 @cache
-def _code(kind: str) -> str:
+def code_hash(kind: str) -> str:
     """A hash of everything besides the spec that decides a trace."""
     digest = hashlib.sha256(torch.__version__.encode())
+    registry.load("nas.blocks", kind)  # says which kinds there are, where this is none of them
     # A block given as a file outside the tree is named by its path.
     block = Path(kind) if kind.endswith(".py") else _source(f"nas.blocks.{kind}")
     for file in (*_with_imports(block), _source("nas.op"), _source("nas.trace"), _source("nas.trace.recorder")):

@@ -163,7 +163,8 @@ def main() -> None:
     print(
         f"per network, CPU s: whole export {found['whole_export_s']:.2f}, newer exporter {found['newer_export_s']:.2f},"
         f" composed {found['composed_first_s']:.2f} the first time and {found['composed_kept_s']:.3f} from the cache,"
-        f" session {found['composed_session_s']:.2f} (whole: {found['whole_session_s']:.2f}), timing"
+        f" then weights and session {found['composed_session_s']:.2f} (opening the whole file"
+        f" {found['whole_session_s']:.2f}), timing"
         f" {found['timing_s']:.2f}; latency composed / whole {found['latency_ratio']:.3f}"
         f" ({found['latency_ratio_least']:.3f} to {found['latency_ratio_most']:.3f})"
     )

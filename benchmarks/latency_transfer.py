@@ -39,11 +39,13 @@ def network_rows(sheet: DeviceSheet) -> list[tables.Measurement]:
     return [row for row in tables.read(sheet.slug) if row.subject_kind == "network" and row.used]
 
 
-def compare(source: DeviceSheet, target: DeviceSheet) -> dict[str, Any]:
-    """MAPE of every method by how many networks were measured on the target."""
+def compare(source: DeviceSheet, target: DeviceSheet, ending: str) -> dict[str, Any]:
+    """MAPE of every method by how many networks were measured on the target; of spaces whose name ends so."""
     rows, subjects = network_rows(target), tables.subjects(target.slug)
     theirs = tables.read(source.slug)
-    shared = sorted({r.subject for r in rows} & {r.subject for r in theirs if r.used})
+    both = {r.subject for r in rows} & {r.subject for r in theirs if r.used}
+    shared = sorted(key for key in both if str(subjects[key].spec["space"]).endswith(ending))
+    rows = [row for row in rows if row.subject in shared]
     order = list(np.random.default_rng(0).permutation(shared))
     test, pool = set(order[: len(order) // 2]), order[len(order) // 2 :]
     source_posed, _ = problem(theirs, tables.subjects(source.slug), source)
@@ -78,14 +80,17 @@ def compare(source: DeviceSheet, target: DeviceSheet) -> dict[str, Any]:
             for i in range(DRAWS)
         ]
         found[str(size)] = {"chosen": by_method([picked]), "random": by_method(drawn)}
-        print(f"{target.alias}, {size} networks", flush=True)
+        print(f"{target.alias}, spaces *{ending}, {size} networks", flush=True)
     floor = tables.noise_floor(o for o in tables.observations(rows) if o.subject in test)
-    return {"source": source.slug, "target": target.slug, "held_out": len(test), "methods": found, "noise": floor}
+    spaces = sorted({str(subjects[key].spec["space"]) for key in shared})
+    about = {"source": source.slug, "target": target.slug, "spaces": spaces, "held_out": len(test)}
+    return {**about, "methods": found, "noise": floor}
 
 
 def show(found: dict[str, Any]) -> None:
     """Prints MAPE by method, chosen networks first, the mean of random draws in brackets."""
-    print(f"\n{found['target']} from {found['source']}: MAPE on {found['held_out']} held-out networks, chosen (random)")
+    print(f"\n{found['target']} from {found['source']}, {', '.join(found['spaces'])}")
+    print(f"  MAPE on {found['held_out']} held-out networks, chosen (random): 3, 5 and 10 networks measured")
     for name in next(iter(found["methods"].values()))["chosen"]:
         cells = [
             f"{by['chosen'][name]['mape']:.1%} ({by['random'][name]['mape']:.1%})" for by in found["methods"].values()
@@ -101,7 +106,7 @@ def main() -> None:
     parser.add_argument("--source", default="cpu-onnxruntime")
     arguments = parser.parse_args()
     source = find_target(arguments.source)
-    found = [compare(source, find_target(name)) for name in arguments.targets]
+    found = [compare(source, find_target(name), ending) for name in arguments.targets for ending in ("", "_unet")]
     command = f"python benchmarks/latency_transfer.py {' '.join(arguments.targets)} --source {arguments.source}"
     record = {"provenance": provenance(command=command), "sizes": SIZES, "targets": found}
     path = atomic_write(REPORTS / "latency_transfer.json", json.dumps(record, indent=1) + "\n")
@@ -110,7 +115,7 @@ def main() -> None:
     print(f"wrote {path}")
     for one in found:
         mape = one["methods"]["5"]["chosen"]["adapted from the source"]["mape"]
-        print(f"{one['target']}: MAPE {mape:.1%} from 5 networks")
+        print(f"{one['target']}, {len(one['spaces'])} spaces: MAPE {mape:.1%} from 5 networks")
 
 
 if __name__ == "__main__":

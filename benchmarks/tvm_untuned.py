@@ -1,6 +1,6 @@
 """Does untuned TVM rank networks and blocks as onnxruntime does, and does tuned TVM?
 
-    python benchmarks/tvm_untuned.py [--networks 10] [--sessions 2]
+    python benchmarks/tvm_untuned.py [--networks 16] [--sessions 2]
 
 Measures the subjects of benchmarks/tvm_subjects.py on TVM tuned, on TVM untuned (one session) and on onnxruntime, one
 thread each. The TVM rows are those of the shipped tables, so that this command also makes them; onnxruntime's are kept
@@ -43,7 +43,7 @@ RUNTIMES = ("cpu-onnxruntime", "cpu-tvm", "cpu-tvm-untuned")
 def main() -> None:
     """Measures what is missing, compares, and writes the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", type=int, default=10)
+    parser.add_argument("--networks", type=int, default=16)
     parser.add_argument("--sessions", type=int, default=2, help="of the tuned table")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
@@ -95,9 +95,10 @@ def measured(name: str, chosen: Sequence[Subject], sessions: int) -> dict[str, f
 
 
 def agreement(chosen: Sequence[Subject], ms: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
-    """Tau against onnxruntime and the time relative to it, per runtime and kind of subject."""
+    """Tau against onnxruntime and the time relative to it, per runtime and kind of subject; MACs beside them."""
     found = []
-    for runtime in RUNTIMES[1:]:
+    ms = {**ms, "MACs": {s.key: s.macs / 1e9 for s in chosen}}
+    for runtime in (*RUNTIMES[1:], "MACs"):
         for kind in ("network", "block", "all"):
             keys = [s.key for s in chosen if kind in (s.kind, "all")]
             theirs, reference = (np.array([ms[name][key] for key in keys]) for name in (runtime, RUNTIMES[0]))
@@ -110,12 +111,19 @@ def agreement(chosen: Sequence[Subject], ms: Mapping[str, Mapping[str, float]]) 
                     "kendall_tau": tau,
                     "tau_low_90": low,
                     "tau_high_90": high,
-                    "times_onnxruntime": float(np.exp(np.mean(np.log(theirs / reference)))),
-                    "times_low": float((theirs / reference).min()),
-                    "times_high": float((theirs / reference).max()),
+                    **({} if runtime == "MACs" else times(theirs / reference)),
                 }
             )
     return found
+
+
+def times(ratios: np.ndarray) -> dict[str, float]:
+    """How many times onnxruntime's time: the geometric mean over subjects, the least and the most."""
+    return {
+        "times_onnxruntime": float(np.exp(np.mean(np.log(ratios)))),
+        "times_low": float(ratios.min()),
+        "times_high": float(ratios.max()),
+    }
 
 
 def kendall(one: np.ndarray, other: np.ndarray) -> tuple[float, float, float]:
@@ -129,11 +137,13 @@ def kendall(one: np.ndarray, other: np.ndarray) -> tuple[float, float, float]:
 
 def words(line: Mapping[str, Any]) -> str:
     """One line of the agreement as it is printed."""
-    return (
+    text = (
         f"{line['runtime']:16} {line['kind']:8} n={line['n']:<3} tau against onnxruntime {line['kendall_tau']:.3f}"
-        f" [{line['tau_low_90']:.3f}, {line['tau_high_90']:.3f}]; {line['times_onnxruntime']:.1f} times its time"
-        f" ({line['times_low']:.1f}-{line['times_high']:.1f})"
+        f" [{line['tau_low_90']:.3f}, {line['tau_high_90']:.3f}]"
     )
+    if "times_onnxruntime" not in line:
+        return text
+    return f"{text}; {line['times_onnxruntime']:.1f} times its time ({line['times_low']:.1f}-{line['times_high']:.1f})"
 
 
 def _once_per_module(function: Callable[..., Any]) -> Callable[..., Any]:

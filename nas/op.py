@@ -29,9 +29,9 @@ KINDS = (
 )
 MULTIPLYING = ("conv", "pointwise", "depthwise", "linear", "attention")
 
-_MEASURES = {
-    **{kind: ("bytes", "far", "count") for kind in KINDS},
-    **{kind: ("macs", "read", "written", "far", "count") for kind in MULTIPLYING},
+_MEASURES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(KINDS, ("bytes", "far", "count")),
+    **dict.fromkeys(MULTIPLYING, ("macs", "read", "written", "far", "count")),
     "linear": ("macs", "few_macs", "read", "written", "far", "count"),
 }
 FEATURES: tuple[str, ...] = tuple(f"{kind}.{measure}" for kind in KINDS for measure in _MEASURES[kind])

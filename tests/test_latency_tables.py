@@ -176,7 +176,7 @@ def test_two_networks_are_refused_even_with_a_prior(tmp_path):
     adapted(tmp_path, *simulate(n=2, seed=60))
     with pytest.raises(
         NasError,
-        match="2 measured networks of the chip .new.; a fit with another target's costs as its prior needs at least 3",
+        match=r"2 measured networks of the chip .new.; a fit with another target's costs as its prior needs at least 3",
     ):
         refit("toy2", tmp_path)
 

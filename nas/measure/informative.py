@@ -1,7 +1,9 @@
 """Which few networks tell most about a target, when another target's predictor is to be adapted to it.
 
-A source's costs are right in kind and wrong in proportion, so what must be seen is how fast the target does each kind
-of operator, on small networks and large ones: networks are chosen far apart in where the source spends its time.
+A source's costs are right in kind and wrong in proportion, so what must be seen is how fast the target does what
+networks spend their time on: networks are chosen that others are near to, in where the source spends its time. Networks
+far from all others (a tiny decoder, say) tell about themselves only: beginning with those, five measurements predicted
+OpenVINO far worse than five that are near to many (docs/log.md, `python benchmarks/latency_transfer.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ from nas.device import DeviceSheet
 from nas.errors import NasError
 from nas.latency import load_predictor
 from nas.measure.choosing import limits_of
-from nas.measure.sampling import diverse
 from nas.measure.subjects import Subject, rebuilt
 from nas.op import FEATURES, KINDS
 
@@ -60,7 +61,7 @@ def adapting_subjects(
 def informative(
     pool: Mapping[str, tables.Subject], costs: np.ndarray, count: int, had: Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """Keys of `count` networks of `pool`, far apart in their shares of time by kind of operator and in their size.
+    """Keys of `count` networks of `pool`, near to all in their shares of time by kind of operator and in their size.
 
     Args:
         pool: networks with features, by key.
@@ -69,8 +70,8 @@ def informative(
         had: keys that are taken first.
 
     Returns:
-        First those of `had`; then networks until every kind of operator that the pool has is covered; then always the
-        one farthest from those chosen. Without `had` it begins with the network nearest to the middle of the pool.
+        First those of `had`; then always the network that brings the networks of the pool nearest to a chosen one, by
+        the sum of their distances (greedy k-medoids).
     """
     first = [key for key in pool if key in set(had)][:count]
     keys = [*first, *(key for key in sorted(pool) if key not in set(first))]
@@ -80,9 +81,12 @@ def informative(
     size = np.log(total)
     # Shares of time go from 0 to 1; size is put on the scale of one, so that neither decides alone.
     points = np.hstack([by_kind / total, (size - size.min()) / max(float(np.ptp(size)), 1e-9)])
-    kinds = [{kind for kind, used in zip(KINDS, (row > 0) @ _OF_KIND, strict=True) if used} for row in vectors]
-    if not first:
-        middle = int(np.argmin(np.linalg.norm(points - np.median(points, axis=0), axis=1)))
-        order = [middle, *(i for i in range(len(keys)) if i != middle)]
-        keys, points, kinds = [keys[i] for i in order], points[order], [kinds[i] for i in order]
-    return tuple(keys[i] for i in diverse(points, kinds, count, seed=0, first=max(1, len(first))))
+    apart = np.linalg.norm(points[:, None] - points[None], axis=2)
+    chosen = list(range(len(first)))
+    nearest = apart[:, chosen].min(axis=1, initial=np.inf)
+    while len(chosen) < min(count, len(keys)):
+        left = np.minimum(nearest[:, None], apart).sum(axis=0)  # [n] what remains after each choice
+        left[chosen] = np.inf
+        chosen.append(int(np.argmin(left)))
+        nearest = np.minimum(nearest, apart[:, chosen[-1]])
+    return tuple(keys[i] for i in chosen)

@@ -124,6 +124,9 @@ class Session:
         with _naming(f"subject {subject.name} ({subject.key})"):
             loaded: Loaded = self.backend.load(module, inputs, self.sheet.target, self.sheet.options)
             output = loaded()
+        ran_on = loaded.describe().get("chip", chip_of(self.sheet))
+        if ran_on != chip_of(self.sheet):
+            raise NasError(f"{self.sheet.slug} ran on {ran_on}, its sheet names {chip_of(self.sheet)}")
         if not np.isfinite(output).all():
             raise NasError(
                 f"subject {subject.name} ({subject.key}) returns numbers that are not finite; its time means little"

@@ -329,6 +329,8 @@ def _group_pace(times: Mapping[str, Mapping[str, float]], sessions: Sequence[str
     every group.
     """
     repeated = [by for by in times.values() if len(by) > 1]
+    if not repeated:
+        return dict.fromkeys(sessions, 1.0)
     place = {name: i for i, name in enumerate(sessions)}
     rows = np.array([(i, place[name]) for i, by in enumerate(repeated) for name in by]).reshape(-1, 2)
     logs = np.log([ms for by in repeated for ms in by.values()])

@@ -69,6 +69,7 @@ def test_a_backend_takes_module_inputs_and_target(name):
         "module",
         "inputs",
         "target",
+        "options",
     ]
 
 

@@ -172,7 +172,7 @@ def test_a_kind_of_operator_costs_what_its_features_do(snapgen):
     softmax = snapgen.operators.query("operator == 'softmax'")
     bytes_at = FEATURES.index("softmax.bytes")
     expected = 2 * softmax["bytes"].sum() / 1e9 * Linear.costs[bytes_at]  # bytes at fp16, features at fp32
-    expected += softmax["count"].sum() / 1e3 * Linear.costs[bytes_at + 1]
+    expected += softmax["count"].sum() / 1e3 * Linear.costs[FEATURES.index("softmax.count")]
     assert softmax["step_ms"].sum() == pytest.approx(expected)
 
 

@@ -144,7 +144,7 @@ def test_sent_run_timed_and_killed_in_the_middle(tmp_path: Path) -> None:
         _tune_there(at, tmp_path / "board.records.jsonl")
         loaded = backend.load(module, inputs, TARGET, options(at, "pi"))
         # The server is this machine, asked over the wire.
-        assert loaded.describe()["chip"] == backend.chip(TARGET, options(at, "pi")) == host(1)["mcpu"]
+        assert loaded.describe()["mcpu"] == backend.chip(TARGET, options(at, "pi")) == host(1)["mcpu"]
         with torch.no_grad():
             np.testing.assert_allclose(loaded(), module(**inputs).numpy(), atol=1e-6)
         assert loaded.device_ms is not None

@@ -191,7 +191,7 @@ def _bind(
             "precision": "fp32",
             "threads": threads,
             "tvm": tvm.__version__,
-            "chip": chip(rpc, options),
+            "mcpu": chip(rpc, options),
         },
     )
 

@@ -1,6 +1,6 @@
 """Does untuned TVM rank networks and blocks as onnxruntime does, and does tuned TVM?
 
-    python benchmarks/tvm_untuned.py [--networks 16] [--sessions 2]
+    python benchmarks/tvm_untuned.py [--networks 8] [--sessions 2]
 
 Measures the subjects of benchmarks/tvm_subjects.py on TVM tuned, on TVM untuned (one session) and on onnxruntime, one
 thread each. The TVM rows are those of the shipped tables, so that this command also makes them; onnxruntime's are kept
@@ -43,7 +43,7 @@ RUNTIMES = ("cpu-onnxruntime", "cpu-tvm", "cpu-tvm-untuned")
 def main() -> None:
     """Measures what is missing, compares, and writes the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", type=int, default=16)
+    parser.add_argument("--networks", type=int, default=8)
     parser.add_argument("--sessions", type=int, default=2, help="of the tuned table")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)

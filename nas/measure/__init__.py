@@ -175,7 +175,7 @@ def run_subjects(
                     continue
                 _wait(todo, counts, protocol.separation_s, work.say)
                 session = Session(
-                    name=_now(),
+                    name=_unused({began(row.session) for row in tables.read(target.slug, folder)}),
                     sheet=target,
                     backend=backend,
                     protocol=protocol,
@@ -336,6 +336,13 @@ def _repeatability(rows: Sequence[tables.Measurement], keys: set[str]) -> float 
 def _contention(rows: Sequence[tables.Measurement]) -> float | None:
     ratios = [Samples(wall_ms=r.samples_ms, cpu_ms=r.cpu_samples_ms).contention for r in rows if r.cpu_samples_ms]
     return float(np.median(ratios)) if ratios else None
+
+
+def _unused(names: set[str]) -> str:
+    """A session's name: the time to the second, of a second in which no other session of the table began."""
+    while (name := _now()) in names:
+        time.sleep(0.05)
+    return name
 
 
 def _now() -> str:

@@ -23,7 +23,6 @@ from nas import tables
 from nas.device import DeviceSheet, find_target
 from nas.latency.calibration import chosen
 from nas.latency.problem import Problem, problem
-from nas.latency.regression import solve
 from nas.paths import atomic_write
 from nas.provenance import provenance
 
@@ -52,7 +51,7 @@ def averaged(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def joint(posed: Problem, keep: np.ndarray, test: np.ndarray) -> np.ndarray:
     """This package's predictions of the rows `test` from the rows `keep` (masks [n])."""
     shrunk = chosen(posed, keep)
-    return solve(posed.rows.take(keep), shrunk.shrinkage).at(posed.target_effects).ms(posed.rows.features[test])
+    return shrunk.solve(keep).at(posed.target_effects).ms(posed.rows.features[test])
 
 
 def linear(columns: np.ndarray, ms: np.ndarray, keep: np.ndarray, test: np.ndarray) -> np.ndarray:

@@ -21,7 +21,6 @@ from nas import tables
 from nas.device import DeviceSheet, find_target
 from nas.latency.calibration import chosen
 from nas.latency.problem import Problem, problem
-from nas.latency.regression import solve
 from nas.measure.informative import informative
 from nas.paths import atomic_write
 from nas.provenance import provenance
@@ -31,7 +30,7 @@ SIZES, DRAWS = (3, 5, 10), 20
 
 def costs_of(posed: Problem, keep: np.ndarray) -> np.ndarray:
     """[F] ms per unit of each feature from the rows `keep` (mask [n])."""
-    return solve(posed.rows.take(keep), chosen(posed, keep).shrinkage).at(posed.target_effects).costs
+    return chosen(posed, keep).solve(keep).at(posed.target_effects).costs
 
 
 def network_rows(sheet: DeviceSheet) -> list[tables.Measurement]:

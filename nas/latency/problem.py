@@ -11,7 +11,7 @@ from nas import tables
 from nas.device import DeviceSheet
 from nas.errors import NasError, UsageError, unknown
 from nas.latency.ratios import Ratio, fitted
-from nas.latency.regression import Ratios, Rows, Shrinkage, Solution, solve
+from nas.latency.regression import Ratios, Rows, Shrinkage, Solution, solve, solve_tied
 from nas.latency.spread import Borrowed
 from nas.op import FEATURES
 from nas.tables import Measurement, Observation, Subject
@@ -110,15 +110,18 @@ class Problem:
         return replace(self, shrinkage=replace(self.shrinkage, ridge=kept, effect_ridge=effect_ridge))
 
     def solve(self, keep: np.ndarray | None = None, near: Solution | None = None) -> Solution:
-        """Fits the rows of a mask [n], and the ratios that do not speak of a network held out."""
-        if keep is None:
-            return solve(self.rows, self.shrinkage, self.ratios, near)
+        """Fits the rows of a mask [n], and the ratios that do not speak of a network held out.
+
+        Of fewer subjects than there are features, the features of a kind are tied.
+        """
+        keep = np.ones(len(self.networks), dtype=bool) if keep is None else keep
+        fits = solve if len(set(self.subjects[keep])) >= len(FEATURES) else solve_tied
         ratios = self.ratios
         if not ratios.empty:
             out = set(self.networks[~keep]) - set(self.networks[keep])
             touched = np.asarray(np.isin(self.pairs, list(out)).any(axis=1))
             ratios = ratios.take(~touched)
-        return solve(self.rows.take(keep), self.shrinkage, ratios, near)
+        return fits(self.rows.take(keep), self.shrinkage, ratios, near)
 
     def testable(self, test: np.ndarray, train: np.ndarray) -> np.ndarray:
         """The rows of `test` that a fit of `train` can be asked for: without a trend, only those of chips it saw."""

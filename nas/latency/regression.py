@@ -14,7 +14,7 @@ is free: with no rows to say otherwise, features keep the prior's proportions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -80,6 +80,11 @@ class Ratios:
             weights=self.weights[keep],
         )
 
+
+# What stands for what where rows are few: [F, K], 1 where feature f belongs to the coarse feature k.
+_COARSE = {"few_macs": "macs", "read": "bytes", "written": "bytes", "far": "bytes"}
+_NAMES = [f"{kind}.{_COARSE.get(measure, measure)}" for kind, _, measure in (name.partition(".") for name in FEATURES)]
+_TIES = np.array([[name == coarse for coarse in dict.fromkeys(_NAMES)] for name in _NAMES], dtype=float)
 
 _NONE = np.zeros((0, len(FEATURES)))
 _NO_RATIOS = Ratios(over=_NONE, under=_NONE, log_ratio=np.zeros(0), weights=np.zeros(0))
@@ -203,6 +208,35 @@ def solve(rows: Rows, shrinkage: Shrinkage, ratios: Ratios | None = None, near: 
     kept = np.r_[0:n, n + 1 : n + 1 + len(effects)]
     covariance = np.linalg.inv(gram)[np.ix_(kept, kept)]
     return Solution(costs=u * unit, unit=unit, effects=effects, covariance=covariance)
+
+
+def solve_tied(
+    rows: Rows, shrinkage: Shrinkage, ratios: Ratios | None = None, near: Solution | None = None
+) -> Solution:
+    """Fits as `solve`, with one multiple of the prior for all that an operator kind moves, and one for all its MACs.
+
+    Rows of few subjects cannot tell reads from writes; the prior's proportions within a kind stand. Arguments as there.
+    """
+    ratios = _NO_RATIOS if ratios is None else ratios
+    columns = shrinkage.prior[:, None] * _TIES
+    first = _TIES.argmax(axis=0)
+    if near is not None:
+        near = replace(near, costs=(near.costs / shrinkage.prior)[first])
+    found = solve(
+        replace(rows, features=rows.features @ columns),
+        replace(shrinkage, prior=np.ones(columns.shape[1])),
+        replace(ratios, over=ratios.over @ columns, under=ratios.under @ columns),
+        near,
+    )
+    spread = np.zeros((len(columns) + len(found.effects), len(found.covariance)))
+    spread[: len(columns), : columns.shape[1]] = _TIES
+    spread[len(columns) :, columns.shape[1] :] = np.eye(len(found.effects))
+    return Solution(
+        costs=columns @ found.costs,
+        unit=columns @ found.unit,
+        effects=found.effects,
+        covariance=spread @ found.covariance @ spread.T,
+    )
 
 
 def _linear(

@@ -13,7 +13,7 @@ from latency_cases import (
     shrinkage,
 )
 
-from nas.latency.regression import Place, solve
+from nas.latency.regression import Place, Solution, solve, solve_tied
 from nas.op import FEATURES
 
 
@@ -100,3 +100,42 @@ def test_place_prices_are_plain_products():
     x = networks(3, 0)
     assert place.ms(x) == pytest.approx((x * costs()).sum(axis=1))
     assert place.spread(x) == pytest.approx(np.ones(3))
+
+
+def test_tied_features_keep_the_priors_proportions_within_a_kind():
+    x = networks(12, 3)
+    prior = shrinkage(1e-9).prior
+    found = solve_tied(rows_of(x, x @ costs()), shrinkage(1e-9))
+    multiple = found.costs / prior
+    for kind in ("conv", "linear"):
+        moved = [FEATURES.index(f"{kind}.{measure}") for measure in ("read", "written", "far")]
+        assert multiple[moved] == pytest.approx(multiple[moved[0]] * np.ones(3))
+    macs = FEATURES.index("conv.macs")
+    assert multiple[macs] != pytest.approx(multiple[FEATURES.index("conv.read")], rel=0.01)
+
+
+def test_tied_fit_is_exact_where_the_truth_has_the_priors_proportions():
+    x = networks(12, 3)
+    prior = shrinkage(1e-9).prior
+    truth = prior * np.array([3.0 if name.endswith("macs") else 0.5 for name in FEATURES])
+    found = solve_tied(rows_of(x, x @ truth), shrinkage(1e-9))
+    assert found.at(np.zeros(0)).ms(x) == pytest.approx(x @ truth, rel=1e-5)
+    # Free of noise, the fit that may choose every feature apart is no better there.
+    assert solve(rows_of(x, x @ truth), shrinkage(1e-9)).at(np.zeros(0)).ms(x) == pytest.approx(x @ truth, rel=1e-3)
+
+
+def test_tied_uncertainty_moves_features_of_a_kind_together():
+    x = networks(12, 3)
+    found = solve_tied(rows_of(x, x @ costs()), shrinkage(1e-3))
+    read, written = FEATURES.index("conv.read"), FEATURES.index("conv.written")
+    block = found.covariance[np.ix_([read, written], [read, written])]
+    assert block[0, 0] > 0
+    assert block == pytest.approx(np.full((2, 2), block[0, 0]))
+
+
+def test_tied_fit_takes_a_fit_nearby_as_its_first_guess():
+    x = networks(12, 3)
+    rows = rows_of(x, x @ costs())
+    plain = solve_tied(rows, shrinkage(1e-2))
+    near: Solution = solve(rows, shrinkage(1e-2))
+    assert solve_tied(rows, shrinkage(1e-2), None, near).costs == pytest.approx(plain.costs, rel=1e-6)

@@ -10,7 +10,7 @@ import numpy as np
 from nas.latency.predictor import LatencyPredictor, kinds_of
 from nas.latency.problem import CHIP_FACTORS, RIDGES, Problem
 from nas.latency.regression import Place, Solution
-from nas.op import KINDS
+from nas.op import FEATURES, KINDS
 
 LEVELS = (0.8, 0.9)
 FEW = 10  # networks up to which each is held out in turn; five folds beyond
@@ -76,14 +76,16 @@ def trials(posed: Problem, keep: np.ndarray) -> tuple[tuple[np.ndarray, ...], ..
 def chosen(posed: Problem, keep: np.ndarray) -> Problem:
     """The same problem with the shrinkage under which what `trials` holds out is most likely.
 
-    The ridge is chosen first (of networks too few to tell, other targets tell it), then, where chips are pooled, how
-    freely a chip may leave the trend.
+    The ridge is chosen first, and with fewer subjects than features whether those of a kind are tied (of networks too
+    few to tell, other targets tell the ridge, and features are tied), then, where chips are pooled, how freely a chip
+    may leave the trend.
     """
     few = posed.borrowed.get(len(posed.groups_in(keep)))
     if few is not None:
-        best = posed.shrunk(ridge=few.ridge)
+        best = posed.shrunk(ridge=few.ridge, tied=True)
     else:
-        best = _likeliest([posed.shrunk(ridge=ridge) for ridge in RIDGES], keep)
+        ties = (False, True) if len(set(posed.subjects[keep])) < len(FEATURES) else (False,)
+        best = _likeliest([posed.shrunk(ridge=ridge, tied=tied) for tied in ties for ridge in RIDGES], keep)
     # Without a trend there is nothing to leave: a chip's speed is its rows'.
     if len(set(posed.chips[keep])) > 1 and posed.trend:
         best = _likeliest([best.shrunk(chip_sd=factor) for factor in CHIP_FACTORS], keep)

@@ -29,7 +29,7 @@ def tried(posed: Problem, seed: int = 0) -> dict[str, dict[str, dict[str, float]
     whole = _only(posed, networks)
     rng = np.random.default_rng(seed)
     return {
-        str(n): {f"{ridge:g}": _misses(whole.shrunk(ridge=ridge), draws) for ridge in RIDGES}
+        str(n): {f"{ridge:g}": _misses(whole.shrunk(ridge=ridge, tied=True), draws) for ridge in RIDGES}
         for n in FEW
         if n < len(whole.groups) and (draws := list(_draws(whole, n, rng)))
     }

@@ -77,6 +77,7 @@ class Problem:
         target_effects: [E] the target's row of the effects design: its chip, a whole network.
         trend: whether public figures price a chip without rows; otherwise its own speed is not known at all.
         borrowed: what other targets say about fits of so many networks, where the sheet asks for it.
+        tied: one multiple of the prior stands for all that an operator kind moves, one for all its MACs.
     """
 
     target: str
@@ -93,6 +94,7 @@ class Problem:
     target_effects: np.ndarray
     trend: bool
     borrowed: Mapping[int, Borrowed] = field(default_factory=dict)
+    tied: bool = False
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -103,19 +105,17 @@ class Problem:
         """The networks among the rows of a mask [n], in order."""
         return tuple(sorted(set(self.networks[keep]) - {""}))
 
-    def shrunk(self, *, ridge: float | None = None, chip_sd: float = 1.0) -> Problem:
-        """The same rows under another ridge, and with the sheet's chip_sd times a factor."""
+    def shrunk(self, *, ridge: float | None = None, chip_sd: float = 1.0, tied: bool | None = None) -> Problem:
+        """The same rows under another ridge, with the sheet's chip_sd times a factor, with features tied or not."""
         effect_ridge = np.where(self.chip_effects, self.sheet_ridge / chip_sd**2, self.sheet_ridge)
         kept = self.shrinkage.ridge if ridge is None else ridge
-        return replace(self, shrinkage=replace(self.shrinkage, ridge=kept, effect_ridge=effect_ridge))
+        shrinkage = replace(self.shrinkage, ridge=kept, effect_ridge=effect_ridge)
+        return replace(self, shrinkage=shrinkage, tied=self.tied if tied is None else tied)
 
     def solve(self, keep: np.ndarray | None = None, near: Solution | None = None) -> Solution:
-        """Fits the rows of a mask [n], and the ratios that do not speak of a network held out.
-
-        Of fewer subjects than there are features, the features of a kind are tied.
-        """
+        """Fits the rows of a mask [n], and the ratios that do not speak of a network held out."""
         keep = np.ones(len(self.networks), dtype=bool) if keep is None else keep
-        fits = solve if len(set(self.subjects[keep])) >= len(FEATURES) else solve_tied
+        fits = solve_tied if self.tied else solve
         ratios = self.ratios
         if not ratios.empty:
             out = set(self.networks[~keep]) - set(self.networks[keep])

@@ -22,7 +22,7 @@ from nas.device import DeviceSheet, load_sheet
 from nas.errors import NasError
 from nas.measure.sampling import sample_blocks
 from nas.measure.session import Session, began, pick_anchors
-from nas.measure.subjects import Subject, network_subject
+from nas.measure.subjects import Subject, network_subject, table_subject
 from nas.measure.timing import Protocol
 from nas.paths import atomic_write
 from nas.space import SearchSpace, load_space
@@ -135,23 +135,11 @@ def measure(sheet: DeviceSheet, wanted: list[Subject], folder: Path, number: int
         anchors=pick_anchors(wanted),
         seed=number,
     )
-    tables.write_subjects(sheet.slug, [_table_subject(subject) for subject in todo], folder)
+    tables.write_subjects(sheet.slug, [table_subject(subject) for subject in todo], folder)
     start = time.perf_counter()
     for rows, message, done in session.measure(todo):
         tables.append(sheet.slug, rows, folder)
         print(f"{sheet.slug}: {done} of {len(todo)}, {time.perf_counter() - start:.0f} s, {message}", flush=True)
-
-
-def _table_subject(subject: Subject) -> tables.Subject:
-    return tables.Subject(
-        key=subject.key,
-        kind=subject.kind,
-        name=subject.name,
-        spec=subject.spec or {},
-        features={} if subject.features is None else tables.feature_map(subject.features),
-        macs=subject.macs,
-        params=subject.params,
-    )
 
 
 def main() -> None:

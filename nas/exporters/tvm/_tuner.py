@@ -90,13 +90,15 @@ def _runner(request: dict[str, Any]) -> Any:
 
 def _tuned(name: str, kernel: Any, target: Any, runner: Any, effort: dict[str, Any]) -> Any:
     """The database of one kernel's trials."""
+    quiet = logging.getLogger("nas.tvm.trials")
+    quiet.propagate = False  # a line per trial; the record of a kernel is told by `tuning`
     context = ms.TuneContext(
         mod=kernel,
         target=target,
         space_generator="post-order-apply",
         search_strategy="replay-trace",
         task_name=name,
-        logger=logging.getLogger("nas.tvm.trials"),
+        logger=quiet,
         rand_state=effort["seed"],
         num_threads=1,
     ).clone()

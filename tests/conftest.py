@@ -33,3 +33,15 @@ def _session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def root() -> Path:
     """The checkout."""
     return ROOT
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """Data of its own in a folder of its own: one target, no rows."""
+    from tests.measure_cases import sheet_in  # most tests need none of what it imports
+
+    monkeypatch.setenv("NAS_DATA", str(tmp_path / "data"))
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "data" / "latency_tables"
+    sheet_in(folder)
+    return folder

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from nas import measure, tables
+from nas.cli import main
 from nas.device import DeviceSheet, load_sheet
 from nas.latency.problem import roofline
 from nas.measure.subjects import Subject, table_subject
@@ -101,3 +102,27 @@ def fill(sheet: DeviceSheet, count: int = 8, sessions: int = 2, factor: float = 
     tables.write_subjects(sheet.slug, [table_subject(s) for s in subjects], folder)
     tables.append(sheet.slug, rows, folder)
     return subjects
+
+
+def run(capsys, *arguments):
+    code = main(list(arguments))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def said(err):
+    """The one sentence of a failure."""
+    lines = [line for line in err.splitlines() if line.startswith("nas: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in err
+    return lines[0]
+
+
+def brought(folder, lines, header="subject,latency_ms"):
+    path = folder / "rows.csv"
+    path.write_text("\n".join([header, *lines]) + "\n")
+    return path
+
+
+def times(sheet, factor=1.0, count=5):
+    return [(s.key, predicted(s, sheet) * factor) for s in toy_networks()[:count]]

@@ -11,44 +11,8 @@ from pathlib import Path
 import pytest
 
 from nas import latency, tables
-from nas.cli import main
 from nas.device import find_target
-from tests.measure_cases import SLUG, fill, predicted, sheet_in, toy_networks, toy_space
-
-
-@pytest.fixture
-def data(tmp_path, monkeypatch):
-    """Data of its own in a folder of its own: one target, no rows."""
-    monkeypatch.setenv("NAS_DATA", str(tmp_path / "data"))
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "data" / "latency_tables"
-    sheet_in(folder)
-    return folder
-
-
-def run(capsys, *arguments):
-    code = main(list(arguments))
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
-def said(err):
-    """The one sentence of a failure."""
-    lines = [line for line in err.splitlines() if line.startswith("nas: ")]
-    assert len(lines) == 1
-    assert "Traceback" not in err
-    return lines[0]
-
-
-def brought(folder, lines, header="subject,latency_ms"):
-    path = folder / "rows.csv"
-    path.write_text("\n".join([header, *lines]) + "\n")
-    return path
-
-
-def times(sheet, factor=1.0, count=5):
-    return [(s.key, predicted(s, sheet) * factor) for s in toy_networks()[:count]]
-
+from tests.measure_cases import SLUG, brought, fill, run, said, sheet_in, times, toy_networks, toy_space
 
 # Rows that a person brings
 

@@ -9,25 +9,9 @@ from dataclasses import replace
 import pytest
 
 from nas import latency, tables
-from nas.cli import main
 from nas.cli.devices import _age
 from nas.device import find_target
-from tests.measure_cases import SLUG, fill, sheet_in
-
-
-@pytest.fixture
-def data(tmp_path, monkeypatch):
-    monkeypatch.setenv("NAS_DATA", str(tmp_path / "data"))
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "data" / "latency_tables"
-    sheet_in(folder)
-    return folder
-
-
-def run(capsys, *arguments):
-    code = main(list(arguments))
-    out, err = capsys.readouterr()
-    return code, out, err
+from tests.measure_cases import SLUG, fill, run, sheet_in
 
 
 def test_the_list_has_rows_error_coverage_and_age_within_a_hundred_columns(capsys, data):

@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from nas.objectives import objective
 from nas.paths import atomic_write
 from nas.pricing import Pricer
 from nas.provenance import provenance
 from nas.record import candidate_of
 from nas.space import Candidate, SearchSpace
-from nas.train import RecipeSettings, train_candidate
+from nas.train import Recipe, Subject, load_recipe, train_recipe
+from nas.train.recipe import Goal
 
 
 def smallest(space: SearchSpace) -> Candidate:
@@ -45,24 +48,35 @@ def smallest(space: SearchSpace) -> Candidate:
         row = rows[int(np.argmin(params))]
 
 
-def run(candidate: Candidate, settings: RecipeSettings, out: Path) -> dict[str, Any]:
+def chosen_recipe(steps: int, text_weight: float) -> Recipe:
+    """The recipe of the embedded task, with the text objective (which asks every drawing without its caption too)."""
+    plain = load_recipe("shapes", steps=steps)
+    if text_weight == 0:
+        return plain
+    (stage,) = plain.stages
+    text = Goal(name="text", objective=objective("text", weight=text_weight))
+    return replace(plain, stages=(replace(stage, goals=(*stage.goals, text), null_share=0.0),))
+
+
+def run(candidate: Candidate, recipe: Recipe, out: Path) -> dict[str, Any]:
     """One training; what a reader compares."""
     torch.set_num_threads(1)
     label = f"{out.name} {candidate.key}"
 
-    def say(stage: str, done: int, total: int, note: str) -> None:
+    def say(stage: str, done: float, total: float, note: str) -> None:
         if done % 100 == 0:
-            print(f"{label}: {stage} {done}/{total} {note}", file=sys.stderr, flush=True)
+            print(f"{label}: {stage} {done:g}/{total:g} {note}", file=sys.stderr, flush=True)
 
-    found = train_candidate(candidate, settings, out, report=say)
+    found = train_recipe(recipe, Subject(candidate=candidate, teacher="embedded"), out, report=say)
+    assert found.scores is not None  # the embedded task checks its images
     return {
         "candidate": candidate.key,
         "choices": dict(candidate.choices),
         "copy_params": found.params,
-        "held_out_loss": found.held_out_loss,
+        "held_out_loss": found.scores.held_out_loss,
         "seconds": found.seconds,
-        "student": found.scores,
-        "teacher": found.teacher_scores,
+        "student": found.scores.student,
+        "teacher": found.scores.teacher,
     }
 
 
@@ -71,21 +85,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("subject")
     parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--text-weight", type=float, default=0.0)
+    parser.add_argument("--text-weight", type=float, default=0.0, help="above 0 adds the text objective")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     options = parser.parse_args()
     chosen = candidate_of(options.subject)[1]
-    settings = RecipeSettings(steps=options.steps, text_weight=options.text_weight)
+    recipe = chosen_recipe(options.steps, options.text_weight)
     jobs = {"front": chosen, "smallest": smallest(chosen.space)}
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        futures = {n: pool.submit(run, c, settings, options.runs / f"{n}-{c.key}") for n, c in jobs.items()}
+        futures = {n: pool.submit(run, c, recipe, options.runs / f"{n}-{c.key}") for n, c in jobs.items()}
         results = {name: future.result() for name, future in futures.items()}
     record = {
         **results,
         "steps": options.steps,
-        "batch": settings.batch,
         "text_weight": options.text_weight,
-        "provenance": provenance(command=" ".join(sys.argv), seed=settings.seed),
+        "batch": recipe.stages[0].train.batch,
+        "provenance": provenance(command=" ".join(sys.argv), seed=0),
     }
     atomic_write(Path("reports/benchmarks/train_front.json"), json.dumps(record, indent=1) + "\n")
     for split in ("held-out", "all"):

@@ -21,13 +21,12 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch.nn import functional
 
 from nas.diffusion import noised, sample, sample_times
 from nas.paths import atomic_write
 from nas.tasks.shapes import Task
-from nas.teachers.embedded import EmbeddedTeacher, TeacherSettings, load_embedded, save_teacher
+from nas.teachers.embedded import EmbeddedTeacher, TeacherSettings, load_embedded, read_teacher, save_teacher
 
 CAPTION_DROP = 0.1
 EMA = 0.999
@@ -56,13 +55,13 @@ def arguments() -> argparse.Namespace:
 
 def start_from(model: EmbeddedTeacher, path: Path) -> None:
     """Loads another teacher's weights; the text field, where that teacher has none, starts at zero."""
-    missing, unexpected = model.load_state_dict({k: v.float() for k, v in load_file(path).items()}, strict=False)
-    said = model.denoiser.network.get_submodule("said")
+    missing, unexpected = model.load_state_dict(read_teacher(path)[1], strict=False)
     if unexpected or any(".said." not in name for name in missing):
         raise SystemExit(f"{path} is not a teacher of this shape: missing {missing}, unexpected {unexpected}")
     if missing:
-        torch.nn.init.zeros_(said[-1].weight)
-        torch.nn.init.zeros_(said[-1].bias)
+        last = model.layout.said[-1]
+        torch.nn.init.zeros_(last.weight)
+        torch.nn.init.zeros_(last.bias)
 
 
 class Run:

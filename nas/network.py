@@ -12,7 +12,7 @@ from nas.errors import NasError
 
 Scalar = bool | int | float | str
 Shape = tuple[int, ...]
-INPUTS = ("x", "skip", "temb", "text", "pooled", "size_ids", "timestep")
+INPUTS = ("x", "skip", "temb", "text", "pooled", "size_ids", "timestep", "guidance")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +25,8 @@ class BlockSpec:
         settings: the block's own settings, sorted by name.
         inputs: the tensors it takes, in the order of `INPUTS`, with their shapes without batch: "x" (C, H, W) or
             (L, C) as tokens, "skip" concatenated after x on channels, "temb" (E,), "text" (T, D), "pooled" (P,) a
-            summary of the text, "size_ids" (n,) sizes of the image, "timestep" ().
+            summary of the text, "size_ids" (n,) sizes of the image, "timestep" (), "guidance" (G,) an embedding of the
+            guidance scale.
         skip: the earlier block whose output is the input "skip".
         writes: which of these tensors its output becomes for the blocks after it; several where it gives a tuple.
     """
@@ -101,6 +102,9 @@ def block(
     )
 
 
+_OPTIONAL = ("pooled_width", "size_ids", "guidance_width")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InputShape:
     """What the network is called with: a latent [B, C, H, W] and text [B, T, D] (T = 0: no text).
@@ -108,6 +112,7 @@ class InputShape:
     Attributes:
         pooled_width: P of one vector [B, P] that summarises the text, as SDXL takes; 0 for none.
         size_ids: n of the sizes [B, n] of the wanted image that condition the network (SDXL: 6); 0 for none.
+        guidance_width: G of the embedding [B, G] of the guidance scale that a consistency model takes; 0 for none.
     """
 
     channels: int
@@ -117,10 +122,11 @@ class InputShape:
     text_width: int = 0
     pooled_width: int = 0
     size_ids: int = 0
+    guidance_width: int = 0
 
     def to_json(self) -> dict[str, int]:
         """Plain data; what a network of 0.1 did not know is told only where it is there."""
-        return {k: v for k, v in asdict(self).items() if v or k not in ("pooled_width", "size_ids")}
+        return {k: v for k, v in asdict(self).items() if v or k not in _OPTIONAL}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +202,7 @@ class NetworkSpec:
             "pooled": (shape.pooled_width,),
             "size_ids": (shape.size_ids,),
             "timestep": (),
+            "guidance": (shape.guidance_width,),
         }
         read, written = {"x"}, {"skip"}
         for spec in self.blocks:

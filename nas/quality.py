@@ -225,9 +225,10 @@ def fidelity_of(denoiser: FlowDenoiser, held: Rows) -> Fidelity:
     for first in range(0, len(held), _EVALUATED):
         batch = held.batch(slice(first, first + _EVALUATED))
         outputs, teacher = predict(denoiser, batch, with_null=True), batch.teacher
+        assert teacher is not None  # cached rows bring it
         assert outputs.null_velocity is not None  # asked for
         assert teacher.null_velocity is not None
-        skip = denoiser.preconditioner.skip(batch.x, batch.t)
+        skip = denoiser.preconditioner.skip(*batch.point())
         wanted = teacher.velocity - teacher.null_velocity
         residual += float((teacher.velocity - skip).square().sum())
         error += float((teacher.velocity - outputs.velocity).square().sum())

@@ -8,26 +8,26 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from nas.diffusion import noised, sample_times
-from nas.distill import Batch
+from nas.batches import WHOLE, Batch, Outputs, Part, stream
+from nas.diffusion import Conditioning, noised
 from nas.errors import NasError
 from nas.network import short_hash
-from nas.objectives import Outputs
 from nas.paths import atomic_write, cache_dir
 from nas.teachers import Teacher
+from nas.times import Times
 
 _CHUNK = 256  # rows per generator, so that a longer cache begins with the rows of a shorter one
 _FORMAT = 1  # raise it when the content of a cache file changes meaning
+_PROMPTS = 7_001  # a random stream of its own: a game draws the noise of the same step from the plain one
 _HELD_OUT_SEED = 1_000_003  # added to the seed, so that no held-out row is a training row
 
 
@@ -68,8 +68,8 @@ class Lesson:
     task: Task
 
     @torch.no_grad()
-    def text(self, captions: Sequence[Any]) -> Tensor:
-        """The teacher's text [B, T, D] of captions."""
+    def text(self, captions: Sequence[Any]) -> Conditioning:
+        """The teacher's conditions of captions."""
         return self.teacher.encode(self.task.tokens(captions))
 
 
@@ -114,12 +114,13 @@ class Rows:
 
     def batch(self, rows: slice, device: torch.device | None = None) -> Batch:
         """Some of the rows in float32, with both of the teacher's answers."""
-        x, t, text, velocity, null = (
+        x, t, text, velocity, null_velocity = (
             part[rows].to(device=device, dtype=torch.float32)
             for part in (self.x, self.t, self.text, self.velocity, self.null_velocity)
         )
-        teacher = Outputs(velocity=velocity, null_velocity=null)
-        return Batch(x=x, t=t, text=text, teacher=teacher, null_text=self.null_text.to(device=x.device))
+        teacher = Outputs(velocity=velocity, null_velocity=null_velocity)
+        null = Conditioning(tokens=self.null_text.to(device=x.device))
+        return Batch(x=x, t=t, text=Conditioning(tokens=text), teacher=teacher, null_text=null)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,65 +138,104 @@ class Cached:
     size: int
     null_every: int = 0
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int, part: Part = WHOLE) -> Batch:
         """The rows of that step."""
         per_pass = len(self.rows) // self.size
         if per_pass == 0:
             raise NasError(f"a cache of {len(self.rows)} rows has no batch of {self.size}")
         first = step % per_pass * self.size
-        return drop_captions(self.rows.batch(slice(first, first + self.size)), self.null_every)
+        own = part.rows(self.size)
+        rows = self.rows.batch(slice(first + own.start, first + own.stop))
+        return drop_captions(rows, self.null_every, first=own.start)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fresh:
-    """`Batches` drawn and answered anew at every step, the same for the same step.
+    """`Batches` drawn anew at every step, the same for the same step; the loop asks the teacher.
 
     Attributes:
         lesson: its teacher on the device to train on.
         size: rows per batch.
         seed: with the step, decides the drawings.
         null_every: as for `Cached`.
-        both: also ask the teacher for its answer without a caption (text objectives need it; doubles its cost).
         device: where the batches are wanted.
         splits: of the captions, taking turns.
+        times: at which noise levels.
     """
 
     lesson: Lesson
     size: int
     seed: int = 0
     null_every: int = 10
-    both: bool = False
     device: torch.device | None = None
     splits: tuple[str, ...] = ("train",)
+    times: Times = field(default_factory=Times)
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int, part: Part = WHOLE) -> Batch:
         """The rows of that step."""
-        x, t, captions = _draw(self.lesson.task, self.size, self.splits, _generator(self.seed, step))
-        x, t, text = x.to(self.device), t.to(self.device), self.lesson.text(captions)
-        teacher = self.lesson.teacher
-        with torch.no_grad():
-            null_text = teacher.null_text()
-            if self.null_every and not self.both:
-                text = torch.where(_every(self.null_every, text), null_text, text)
-            velocity = teacher.velocity(x, t, text)
-            null = teacher.velocity(x, t, null_text.expand_as(text)) if self.both else None
-        return Batch(x=x, t=t, text=text, teacher=Outputs(velocity=velocity, null_velocity=null), null_text=null_text)
+        drawing = _draw(self.lesson.task, self.size, self.splits, stream(self.seed, step), self.times)
+        own = part.rows(self.size)
+        clean, noise, t = (each[own].to(self.device) for each in (drawing.clean, drawing.noise, drawing.t))
+        text, null_text = _told(self.lesson, drawing.captions[own], self.null_every, own.start)
+        return Batch(text=text, null_text=null_text, clean=clean, noise=noise, t=t)
 
 
-def drop_captions(batch: Batch, every: int) -> Batch:
-    """The batch with every n-th caption taken away and the teacher's answer to match; 0 changes nothing."""
-    null, null_text = batch.teacher.null_velocity, batch.null_text
-    if every == 0 or null is None or null_text is None:
+@dataclass(frozen=True, kw_only=True)
+class Prompted:
+    """`Batches` of captions alone, drawn anew at every step, for objectives that need no images.
+
+    Attributes:
+        lesson: its teacher on the device to train on.
+        size: rows per batch.
+        seed: with the step, decides the captions.
+        null_every: as for `Cached`; 0 because data-free methods drop captions themselves, if at all.
+        splits: of the captions, taking turns.
+    """
+
+    lesson: Lesson
+    size: int
+    seed: int = 0
+    null_every: int = 0
+    splits: tuple[str, ...] = ("train",)
+
+    def batch(self, step: int, part: Part = WHOLE) -> Batch:
+        """The captions of that step."""
+        captions = _captions(self.lesson.task, self.size, self.splits, stream(_PROMPTS, self.seed, step))
+        own = part.rows(self.size)
+        text, null_text = _told(self.lesson, captions[own], self.null_every, own.start)
+        return Batch(text=text, null_text=null_text)
+
+
+def _told(lesson: Lesson, captions: Sequence[Any], null_every: int, first: int) -> tuple[Conditioning, Conditioning]:
+    """The conditions of captions, every n-th of the whole batch dropped, and those of no caption."""
+    text = lesson.text(captions)
+    with torch.no_grad():
+        null_text = lesson.teacher.null_text()
+    if null_every:
+        text = text.where(_every(null_every, len(text), first, text.device), null_text)
+    return text, null_text
+
+
+def drop_captions(batch: Batch, every: int, first: int = 0) -> Batch:
+    """The batch with every n-th caption taken away and the teacher's answer to match; 0 changes nothing.
+
+    Args:
+        batch: with the teacher's answers.
+        every: n.
+        first: the place of its first row in the whole batch.
+    """
+    teacher = batch.teacher
+    if every == 0 or teacher is None or teacher.null_velocity is None:
         return batch
-    text = torch.where(_every(every, batch.text), null_text, batch.text)
-    velocity = torch.where(_every(every, null), null, batch.teacher.velocity)
-    return Batch(x=batch.x, t=batch.t, text=text, teacher=Outputs(velocity=velocity))
+    dropped = _every(every, len(batch), first, batch.text.device)
+    velocity = torch.where(dropped.view(-1, 1, 1, 1), teacher.null_velocity, teacher.velocity)
+    text = batch.text.where(dropped, batch.null_text)
+    return replace(batch, text=text, teacher=Outputs(velocity=velocity))
 
 
-def _every(count: int, like: Tensor) -> Tensor:
-    """True [B, 1, ...] at every count-th row, from the first on."""
-    rows = torch.arange(len(like), device=like.device) % count == 0
-    return rows.view(-1, *(1,) * (like.dim() - 1))
+def _every(count: int, rows: int, first: int, device: torch.device | None) -> Tensor:
+    """True [B] at every count-th row of the whole batch, from its first on."""
+    return (torch.arange(rows, device=device) + first) % count == 0
 
 
 # ------------------------------------------------------------------------------------------------------ the cache
@@ -246,14 +286,14 @@ def _compute(
     path: Path, lesson: Lesson, settings: TargetSettings, on_progress: Callable[[int, int], None] | None
 ) -> None:
     total, done = settings.rows + settings.held_rows, 0
-    tensors = {"null_text": lesson.teacher.null_text().detach().clone()}
+    tensors = {"null_text": lesson.teacher.null_text().tokens.detach().clone()}
     for name, count, splits, seed in (
         ("train", settings.rows, ("train",), settings.seed),
         ("held", settings.held_rows, ("held-out", "train"), settings.seed + _HELD_OUT_SEED),
     ):
         chunks = []
         for index in range(-(-count // _CHUNK)):
-            chunks.append(_answer(lesson, *_draw(lesson.task, _CHUNK, splits, _generator(seed, index))))
+            chunks.append(_answer(lesson, _draw(lesson.task, _CHUNK, splits, stream(seed, index), Times())))
             done = min(total, done + _CHUNK)
             if on_progress is not None:
                 on_progress(done, total)
@@ -261,36 +301,45 @@ def _compute(
     atomic_write(path, save(tensors))
 
 
-def _generator(seed: int, index: int) -> torch.Generator:
-    """An own stream for every (seed, index); torch's CPU generator takes only the lower 32 bits of a seed."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, index)).generate_state(1)[0]))
+@dataclass(frozen=True, kw_only=True)
+class _Drawing:
+    """Drawings [R, C, H, W], noise of their shape, times [R] and captions."""
+
+    clean: Tensor
+    noise: Tensor
+    t: Tensor
+    captions: list[Any]
 
 
-def _draw(
-    task: Task, count: int, splits: tuple[str, ...], generator: torch.Generator
-) -> tuple[Tensor, Tensor, list[Any]]:
-    """Noised drawings [count, C, H, W], times [count] and captions, the splits taking turns."""
+def _captions(task: Task, count: int, splits: tuple[str, ...], generator: torch.Generator) -> list[Any]:
+    """`count` captions, the splits taking turns."""
     drawn = [task.sample(count, split, generator) for split in splits]
-    captions = [drawn[i % len(drawn)][i] for i in range(count)]
+    return [drawn[i % len(drawn)][i] for i in range(count)]
+
+
+def _draw(task: Task, count: int, splits: tuple[str, ...], generator: torch.Generator, times: Times) -> _Drawing:
+    """`count` drawings, the splits taking turns."""
+    captions = _captions(task, count, splits, generator)
     clean = task.render(captions, generator)
-    t = sample_times(count, generator)
+    t = times.draw(count, generator)
     noise = torch.randn(clean.shape, generator=generator)
     if len(splits) > 1:
         # Times alternate between two distributions; shuffled, so that each split meets both.
         t = t[torch.randperm(count, generator=generator)]
-    return noised(clean, noise, t), t, captions
+    return _Drawing(clean=clean, noise=noise, t=t, captions=captions)
 
 
 @torch.no_grad()
-def _answer(lesson: Lesson, x: Tensor, t: Tensor, captions: list[Any]) -> dict[str, Tensor]:
+def _answer(lesson: Lesson, drawing: _Drawing) -> dict[str, Tensor]:
+    x = noised(drawing.clean, drawing.noise, drawing.t)
     x = x.half().float()  # the teacher must answer what the students will be asked
-    text, teacher = lesson.text(captions), lesson.teacher
-    velocity = teacher.velocity(x, t, text)
-    null_velocity = teacher.velocity(x, t, teacher.null_text(len(x)))
+    text, teacher = lesson.text(drawing.captions), lesson.teacher
+    velocity = teacher.velocity(x, drawing.t, text)
+    null_velocity = teacher.velocity(x, drawing.t, teacher.null_text(len(x)))
     return {
         "x": x.half(),
-        "t": t,
-        "text": text.float(),
+        "t": drawing.t,
+        "text": text.tokens.float(),
         "velocity": velocity.half(),
         "null_velocity": null_velocity.half(),
     }

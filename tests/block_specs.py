@@ -35,6 +35,17 @@ SPECS: dict[str, tuple[BlockSpec, tuple[Shape, ...]]] = {
             block("time_embedding", "time_embedding", {"timestep": ()}, frequency_width=8, time_width=10),
             (10,),
         ),
+        (
+            block(
+                "time_embedding-guidance",
+                "time_embedding",
+                {"timestep": (), "guidance": (6,)},
+                frequency_width=8,
+                time_width=10,
+                guidance_width=6,
+            ),
+            (10,),
+        ),
         (_residual("resnet", "resnet"), MAP),
         (_residual("separable-1", "separable", expansion=1), MAP),
         (_residual("separable-2", "separable", expansion=2), MAP),

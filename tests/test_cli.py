@@ -32,7 +32,18 @@ def test_help_names_every_verb(capsys):
     code, out, err = run(capsys, "--help")
     assert code == 0
     assert not err
-    for verb in ("spaces", "devices", "profile", "measure", "search", "report", "train", "sample", "export"):
+    for verb in (
+        "spaces",
+        "devices",
+        "profile",
+        "measure",
+        "search",
+        "report",
+        "train",
+        "sample",
+        "evaluate",
+        "export",
+    ):
         assert f"\n  {verb}" in out
 
 
@@ -75,6 +86,7 @@ SEARCH = ("search", "--space", "snapgen_unet", "--budget", "1.4s@iphone")
         (["export"], "needs either STUDY#CANDIDATE"),
         (["train", "no-study"], "unknown study 'no-study'"),
         (["sample", "no-run"], "unknown run 'no-run'"),
+        (["evaluate", "no-run"], "unknown run 'no-run'"),
         (["profile", "--space", "snapgen_unet", "--candidate", "width_0=130"], "known: 128, 192, 256, 320"),
         (["profile", "--space", "snapgen_unet", "--candidate", "widht_0=128"], "did you mean 'width_0'?"),
         (["profile"], "name either"),
@@ -232,18 +244,6 @@ def test_export_writes_a_file_that_agrees_with_torch(capsys, tmp_path):
     found = json.loads(out)
     assert path.stat().st_size > 4 * found["params"]
     assert 0 < found["largest_difference"] < found["allowed"]
-
-
-def test_the_defaults_of_train_are_the_recipes():
-    import inspect
-
-    from nas.cli import handover
-    from nas.train import RecipeSettings
-
-    shown = {name: parameter.default for name, parameter in inspect.signature(handover.train).parameters.items()}
-    recipe = vars(RecipeSettings())
-    for name in ("steps", "batch", "text_weight", "seed"):
-        assert shown[name] == recipe[name]
 
 
 # Names

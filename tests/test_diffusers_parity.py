@@ -74,6 +74,8 @@ def inputs(spec: NetworkSpec, batch=2, seed=1) -> dict[str, torch.Tensor]:
     if shape.pooled_width:
         given["pooled"] = torch.randn(batch, shape.pooled_width, generator=generator)
         given["size_ids"] = torch.randint(0, 1024, (batch, shape.size_ids), generator=generator).float()
+    if shape.guidance_width:
+        given["guidance"] = torch.randn(batch, shape.guidance_width, generator=generator)
     return given
 
 
@@ -83,6 +85,7 @@ def call(theirs, given):
     return theirs(
         given["sample"],
         given["timestep"],
+        timestep_cond=given.get("guidance"),
         encoder_hidden_states=given.get("text"),
         added_cond_kwargs=added,
         return_dict=False,
@@ -121,6 +124,7 @@ CASES = {
         "upcast_attention": True,
     },
     "inpainting": {**_BASE, **_SD_BLOCKS, "in_channels": 9, "attention_head_dim": 8},
+    "lcm": {**_BASE, **_SD_BLOCKS, "attention_head_dim": 8, "time_cond_proj_dim": 24},
     "bk-sdm-tiny": {
         **_BASE,
         "down_block_types": ("CrossAttnDownBlock2D",) * 3,
@@ -165,6 +169,7 @@ LITE_CASES = {
     "full-convolutions": {**_LITE, "use_sep_conv": False, "num_kv_heads": None, "qk_norm": None},
     "conv-projection": {**_LITE, "use_linear_projection": False, "layers_per_block": (1, 2, 3)},
     "no-middle": {**_LITE, "mid_block_type": None},
+    "lcm": {**_LITE, "time_cond_proj_dim": 24},
 }
 ALL = {
     **{name: (UNet2DConditionModel, config) for name, config in CASES.items()},

@@ -10,14 +10,18 @@ from torch import Tensor, nn
 
 from nas.diffusion import (
     Coefficients,
+    Conditioning,
     FlowDenoiser,
+    NativeDenoiser,
     Preconditioner,
+    Schedule,
     clean_and_noise,
     convert,
     guided,
     noised,
     rectified_flow,
     sample,
+    sample_few,
     sample_times,
     to_rectified_flow,
     to_variance_preserving,
@@ -37,8 +41,8 @@ class Gaussian:
     def clean(self, x: Tensor, at: Coefficients, mean: Tensor | float) -> Tensor:
         return mean + at.a * self.sd**2 / (at.a**2 * self.sd**2 + at.s**2) * (x - at.a * mean)
 
-    def denoise(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        mean = self.mean + text.mean(dim=(1, 2)).view(-1, 1, 1, 1)
+    def denoise(self, x: Tensor, t: Tensor, text: Conditioning) -> Tensor:
+        mean = self.mean + text.tokens.mean(dim=(1, 2)).view(-1, 1, 1, 1)
         return self.clean(x, rectified_flow(t.view(-1, 1, 1, 1)), mean)
 
 
@@ -61,6 +65,10 @@ def schedules() -> list[Coefficients]:
     # An arbitrary third schedule (a = 2 - t^2, s = 3 t) exercises the general Wronskian form.
     odd = Coefficients(a=2 - t**2, s=3 * t, da=-2 * t, ds=torch.full_like(t, 3))
     return [rectified_flow(t), variance_preserving(angle.cos() ** 2), odd]
+
+
+def told(*shape: int, value: float = 0.0) -> Conditioning:
+    return Conditioning(tokens=torch.full(shape, value))
 
 
 def pair() -> tuple[Tensor, Tensor]:
@@ -157,7 +165,7 @@ def test_without_a_network_the_preconditioner_is_the_exact_gaussian_denoiser(pat
     wanted = Gaussian(0.0, 0.35).clean(
         x, rectified_flow(t.view(-1, 1, 1, 1)), torch.tensor(mean, dtype=torch.float64).view(1, 3, 1, 1)
     )
-    torch.testing.assert_close(denoiser.denoise(x, t, torch.zeros(4, 1, 1)), wanted, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(denoiser.denoise(x, t, told(4, 1, 1)), wanted, rtol=1e-10, atol=1e-10)
 
 
 def test_preconditioned_input_and_target_have_variance_one() -> None:
@@ -178,12 +186,12 @@ def test_denoiser_folds_pixels_and_scales_time() -> None:
     network, pre = Echo(), Preconditioner(mean=(0.3,), sd=0.35)
     denoiser = FlowDenoiser(network, pre, patch=2)
     x, t = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([0.25, 0.5])
-    out = denoiser(x, t, torch.zeros(2, 1, 1))
+    out = denoiser(x, t, told(2, 1, 1))
     shape, timestep = network.seen
     assert shape == (2, 12, 2, 2)
     assert timestep.tolist() == [250.0, 500.0]
     torch.testing.assert_close(out, pre.skip(x, t) + pre.output_scale(x, t) * pre.network_input(x, t))
-    torch.testing.assert_close(denoiser.denoise(x, t, torch.zeros(2, 1, 1)), x - t.view(-1, 1, 1, 1) * out)
+    torch.testing.assert_close(denoiser.denoise(x, t, told(2, 1, 1)), x - t.view(-1, 1, 1, 1) * out)
 
 
 def test_times_are_inside_and_half_of_them_shifted() -> None:
@@ -199,7 +207,7 @@ def test_times_are_inside_and_half_of_them_shifted() -> None:
 # Standard deviation after N uniform Euler steps of the exact denoiser of N(0.7, 0.5^2), distillation notes O3.
 @pytest.mark.parametrize(("steps", "sd"), [(1, 0.0), (2, 0.2), (4, 0.340541), (8, 0.414785), (16, 0.455683)])
 def test_sampler_has_the_closed_form_solver_error(steps: int, sd: float) -> None:
-    text = torch.zeros(64, 1, 1)
+    text = told(64, 1, 1)
     exact, shape = Gaussian(0.7, 0.5), (1, 8, 8)
     noise = torch.randn((64, *shape), generator=torch.Generator().manual_seed(5))
     out = sample(exact, text, text, shape=shape, generator=torch.Generator().manual_seed(5), steps=steps, guidance=1.0)
@@ -209,14 +217,14 @@ def test_sampler_has_the_closed_form_solver_error(steps: int, sd: float) -> None
 
 def test_guidance_of_equal_covariances_is_a_shifted_gaussian() -> None:
     exact, k, shape = Gaussian(0.1, 0.5), 2.5, (1, 4, 4)
-    text, null = torch.full((3, 2, 1), 0.4), torch.full((1, 2, 1), -0.2)
+    text, null = told(3, 2, 1, value=0.4), told(1, 2, 1, value=-0.2)
 
-    def run(texts: Tensor, guidance: float) -> Tensor:
+    def run(texts: Conditioning, guidance: float) -> Tensor:
         generator = torch.Generator().manual_seed(2)
         return sample(exact, texts, null, shape=shape, generator=generator, steps=8, guidance=guidance)
 
     # O5: guiding means m_u, m_c equals the denoiser of mean m_u + k (m_c - m_u).
-    torch.testing.assert_close(run(text, k), run(torch.full((3, 2, 1), -0.2 + k * 0.6), 1.0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(run(text, k), run(told(3, 2, 1, value=-0.2 + k * 0.6), 1.0), rtol=0, atol=1e-5)
 
 
 def test_guidance_commutes_with_conversion() -> None:
@@ -228,6 +236,137 @@ def test_guidance_commutes_with_conversion() -> None:
 
 
 def test_sampler_refuses_no_steps() -> None:
-    text = torch.zeros(1, 1, 1)
+    text = told(1, 1, 1)
     with pytest.raises(NasError, match="at least 1 step, got 0"):
         sample(Gaussian(0, 1), text, text, shape=(1, 2, 2), generator=torch.Generator(), steps=0)
+
+
+# Discrete schedules and networks on them.
+
+
+def sd_schedule(prediction: str = "epsilon") -> Schedule:
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    return Schedule.of({"_class_name": "DDIMScheduler", "prediction_type": prediction, **betas}, "the test")
+
+
+# Distillation notes, section 0: level, signal-to-noise ratio s/a and rectified-flow time of Stable Diffusion 1.x.
+@pytest.mark.parametrize(
+    ("level", "ratio", "time"),
+    [(0, 0.0292, 0.0283), (19, 0.1345, 0.1185), (250, 0.6958, 0.4103), (499, 1.6129, 0.6173), (625, 2.5017, 0.7144),
+     (979, 12.966, 0.9284), (999, 14.615, 0.9360)],
+)  # fmt: skip
+def test_levels_of_stable_diffusion(level: int, ratio: float, time: float) -> None:
+    t = float(sd_schedule().times(torch.tensor(level)))
+    assert t == pytest.approx(time, abs=5e-5)
+    assert t / (1 - t) == pytest.approx(ratio, rel=5e-4, abs=5e-5)
+
+
+def test_levels_of_rectified_flow() -> None:
+    assert Schedule().times(torch.tensor([0, 249, 999])).tolist() == pytest.approx([0.001, 0.25, 1.0])
+    assert (Schedule().least, Schedule().most, Schedule().levels) == (0.0, 1.0, 1000)
+    assert Schedule.of({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "the test").alpha_bar is None
+    with pytest.raises(NasError, match="no alpha_bar"):
+        Schedule().nearest(torch.tensor([0.5]))
+
+
+def test_unknown_prediction_types_are_refused() -> None:
+    with pytest.raises(NasError, match="the test has prediction_type 'score' in its scheduler; known: epsilon, "):
+        sd_schedule("score")
+
+
+class ExactNetwork(nn.Module):
+    """The exact prediction for N(0.7, 0.5^2) data on a variance-preserving schedule, as a network would give it."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        super().__init__()
+        self.schedule, self.exact = schedule, Gaussian(0.7, 0.5)
+
+    def forward(self, sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        assert self.schedule.alpha_bar is not None
+        grid = self.schedule.alpha_bar.double().log()
+        low = timestep.floor().long().clamp(max=998)
+        alpha_bar = (grid[low] + (timestep - low) * (grid[low + 1] - grid[low])).exp().to(sample.dtype)
+        at = variance_preserving(alpha_bar.view(-1, 1, 1, 1))
+        return convert(self.exact.clean(sample, at, 0.7), "clean", self.schedule.prediction, sample, at)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_a_network_on_another_schedule_is_asked_at_equal_signal_to_noise(prediction: str) -> None:
+    schedule = sd_schedule(prediction)
+    denoiser = NativeDenoiser(ExactNetwork(schedule), schedule)
+    x, _ = pair()
+    t = torch.tensor([0.05, 0.3, 0.61, 0.93], dtype=torch.float64)  # between levels
+    wanted = Gaussian(0.7, 0.5).clean(x, rectified_flow(t.view(-1, 1, 1, 1)), 0.7)
+    text = told(4, 1, 1)
+    torch.testing.assert_close(denoiser.denoise(x, t, text), wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(denoiser(x, t, text), (x - wanted) / t.view(-1, 1, 1, 1), rtol=1e-6, atol=1e-5)
+
+
+def test_beyond_its_schedule_a_network_is_asked_at_the_end() -> None:
+    schedule = sd_schedule()
+    network = Echo()
+    denoiser = NativeDenoiser(network, schedule)
+    x, _ = pair()
+    denoiser.denoise(x, torch.tensor([1e-3, 0.0283, 0.95, 1.0], dtype=torch.float64), told(4, 1, 1))
+    assert network.seen[1].tolist() == pytest.approx([0, 0, 999, 999], abs=0.05)
+
+
+def test_a_network_of_rectified_flow_is_asked_plainly() -> None:
+    network = Echo()
+    denoiser = NativeDenoiser(network, Schedule())
+    x, t = torch.ones(2, 3, 4, 4), torch.tensor([0.25, 0.5])
+    assert torch.equal(denoiser.velocity(x, t, told(2, 1, 1)), x)
+    assert network.seen[1].tolist() == [250.0, 500.0]
+    torch.testing.assert_close(denoiser.denoise(x, t, told(2, 1, 1)), x - t.view(-1, 1, 1, 1) * x)
+
+
+def test_other_conditions_reach_the_network_by_name() -> None:
+    seen: dict[str, Tensor] = {}
+
+    class Listening(nn.Module):
+        def forward(self, sample: Tensor, timestep: Tensor, text: Tensor, **rest: Tensor) -> Tensor:
+            seen.update(rest)
+            return sample
+
+    text = Conditioning(tokens=torch.zeros(2, 1, 1), pooled=torch.ones(2, 3), layout=torch.ones(2, 12, 2, 2))
+    x, t = torch.zeros(2, 3, 4, 4), torch.tensor([0.25, 0.5])
+    pre = Preconditioner(mean=(0.0,), sd=1.0)
+    out = FlowDenoiser(Listening(), pre, patch=2).velocity(x, t, text)
+    assert seen.keys() == {"pooled"}  # the layout is added to the folded input instead
+    torch.testing.assert_close(out, pre.output_scale(x, t).expand_as(x))
+
+
+# Few steps.
+
+
+def test_few_steps_of_the_exact_denoiser_have_their_closed_form() -> None:
+    exact, shape = Gaussian(0.7, 0.5), (1, 4, 4)
+
+    def drawn(times: tuple[float, ...], unit_start: bool) -> Tensor:
+        generator = torch.Generator().manual_seed(8)
+        return sample_few(exact, told(3, 1, 1), times=times, shape=shape, generator=generator, unit_start=unit_start)
+
+    noise = torch.Generator().manual_seed(8)
+    first, second = (torch.randn(3, *shape, generator=noise) for _ in range(2))
+    t, u = 0.8, 0.4
+    slope = [(1 - s) * 0.25 / ((1 - s) ** 2 * 0.25 + s**2) for s in (t, u)]
+    for unit, start in ((True, first * math.hypot(t, 1 - t)), (False, first * t)):
+        one = 0.7 + slope[0] * (start - (1 - t) * 0.7)
+        torch.testing.assert_close(drawn((t,), unit), one, rtol=0, atol=1e-5)
+        again = (1 - u) * one + u * second
+        two = 0.7 + slope[1] * (again - (1 - u) * 0.7)
+        torch.testing.assert_close(drawn((t, u), unit), two, rtol=0, atol=1e-5)
+    torch.testing.assert_close(drawn((1.0,), True), drawn((1.0,), False))
+
+
+@pytest.mark.parametrize("times", [(), (0.0,), (1.2,), (0.3, 0.5), (0.5, 0.5)])
+def test_few_steps_fall(times: tuple[float, ...]) -> None:
+    with pytest.raises(NasError, match="needs falling times"):
+        sample_few(Gaussian(0, 1), told(1, 1, 1), times=times, shape=(1, 2, 2), generator=torch.Generator())
+
+
+def test_the_last_level_of_zero_terminal_snr_can_be_asked() -> None:
+    schedule = Schedule(prediction="velocity", alpha_bar=torch.tensor([0.99, 0.5, 0.0], dtype=torch.float64))
+    step, alpha_bar = schedule.nearest(torch.tensor([0.5, 0.0], dtype=torch.float64))
+    assert step.tolist() == pytest.approx([1.0, 2.0])
+    assert alpha_bar.tolist() == pytest.approx([0.5, 0.0], abs=1e-9)

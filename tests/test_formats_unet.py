@@ -29,7 +29,7 @@ def unet(**changes) -> NetworkSpec:
     [
         ({"sample_size": None}, "sample_size is null, so the height and width"),
         ({"sample_size": [16]}, r"sample_size = \[16\]"),
-        ({"time_cond_proj_dim": 256}, "time_cond_proj_dim = 256 is not supported; it must be null"),
+        ({"time_cond_proj_dim": 0}, "time_cond_proj_dim = 0 is not supported; it must be a whole number above 0"),
         ({"num_class_embeds": 10}, "num_class_embeds = 10"),
         ({"freq_shift": 1}, "freq_shift = 1 is not supported; it must be 0"),
         ({"num_attention_heads": 8}, "num_attention_heads = 8"),

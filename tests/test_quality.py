@@ -17,11 +17,12 @@ from tiny_lesson import candidate, write_teacher
 from torch import Tensor, nn
 
 from nas import quality, targets
-from nas.diffusion import FlowDenoiser
+from nas.batches import Part
+from nas.diffusion import Conditioning, FlowDenoiser, noised
 from nas.errors import NasError
 from nas.objectives import Outputs
 from nas.quality import ProxySettings, fidelity_of, score, small_copy, student
-from nas.targets import Cached, Fresh, Rows, TargetSettings
+from nas.targets import Cached, Fresh, Prompted, Rows, TargetSettings
 
 SETTINGS = ProxySettings(width_divisor=32, norm_groups=2, steps=3, batch=4, held_rows=16, seeds=(0, 1))
 
@@ -56,9 +57,9 @@ def test_targets_are_what_the_teacher_says(teacher: str, cache: Path) -> None:
     )
     assert batch.null_text is not None
     assert batch.teacher.null_velocity is not None
-    null = loaded.velocity(batch.x, batch.t, batch.null_text.expand_as(batch.text))
+    null = loaded.velocity(batch.x, batch.t, batch.null_text.expand(8))
     torch.testing.assert_close(batch.teacher.null_velocity, null, rtol=2e-3, atol=2e-3)
-    torch.testing.assert_close(batch.null_text, lesson.text([None]))
+    torch.testing.assert_close(batch.null_text.tokens, lesson.text([None]).tokens)
     assert len(train) == 8
     assert batch.x.dtype == torch.float32
 
@@ -78,7 +79,7 @@ def test_half_of_the_held_out_rows_have_captions_nobody_trains_on(teacher: str, 
     train, held = rows_of(teacher, TargetSettings(rows=256, held_rows=64))
     lesson = quality.embedded_lesson(teacher, "shapes")[1]
     task = lesson.task
-    secret = lesson.text(task.captions("held-out"))  # type: ignore[attr-defined]
+    secret = lesson.text(task.captions("held-out")).tokens  # type: ignore[attr-defined]
 
     def is_secret(text: Tensor) -> Tensor:
         return torch.stack([(row - secret).abs().amax(dim=(1, 2)).min() < 1e-5 for row in text])
@@ -123,25 +124,53 @@ def test_dropped_captions_come_with_the_answer_to_no_caption() -> None:
     batch = Cached(rows=rows, size=8, null_every=4).batch(0)
     assert batch.teacher.null_velocity is None
     dropped = torch.arange(8) % 4 == 0
-    assert torch.equal(batch.text[dropped], rows.null_text.expand(2, -1, -1))
+    assert torch.equal(batch.text.tokens[dropped], rows.null_text.expand(2, -1, -1))
     assert torch.equal(batch.teacher.velocity[dropped], rows.null_velocity[dropped])
-    assert torch.equal(batch.text[~dropped], rows.text[~dropped])
+    assert torch.equal(batch.text.tokens[~dropped], rows.text[~dropped])
     assert torch.equal(batch.teacher.velocity[~dropped], rows.velocity[~dropped])
 
 
-@pytest.mark.parametrize("both", [False, True])
-def test_fresh_batches_are_a_function_of_the_step(teacher: str, both: bool) -> None:
-    loaded, lesson = quality.embedded_lesson(teacher, "shapes")
-    data = Fresh(lesson=lesson, size=6, null_every=3, both=both)
+@pytest.mark.parametrize("null_every", [0, 3])
+def test_fresh_batches_are_a_function_of_the_step(teacher: str, null_every: int) -> None:
+    _, lesson = quality.embedded_lesson(teacher, "shapes")
+    data = Fresh(lesson=lesson, size=6, null_every=null_every)
     first, again, next_one = data.batch(5), data.batch(5), data.batch(6)
-    assert torch.equal(first.x, again.x)
-    assert torch.equal(first.teacher.velocity, again.teacher.velocity)
-    assert not torch.equal(first.x, next_one.x)
-    torch.testing.assert_close(first.teacher.velocity, loaded.velocity(first.x, first.t, first.text))
+    x, t = first.point()
+    assert torch.equal(x, again.point()[0])
+    assert not torch.equal(x, next_one.point()[0])
+    assert torch.equal(x, noised(first.images_needed(), x * 0 + first.noise, t))
+    assert first.teacher is None  # the loop asks it
     null = lesson.text([None])
-    without = [bool(torch.allclose(text, null[0])) for text in first.text]
-    assert without == ([False] * 6 if both else [True, False, False] * 2)
-    assert (first.teacher.null_velocity is not None) == both
+    without = [bool(torch.allclose(text, null.tokens[0])) for text in first.text.tokens]
+    assert without == ([True, False, False] * 2 if null_every else [False] * 6)
+    placed = [bool(torch.allclose(field, null.layout[0])) for field in first.text.layout]
+    assert placed == without
+
+
+@pytest.mark.parametrize("kind", [Fresh, Prompted])
+def test_parts_of_a_fresh_batch_make_the_whole(teacher: str, kind: type) -> None:
+    _, lesson = quality.embedded_lesson(teacher, "shapes")
+    data = kind(lesson=lesson, size=6, null_every=4)
+    whole, parts = data.batch(2), [data.batch(2, Part(index, 3)) for index in range(3)]
+    # Not bit-equal: the text encoder sees fewer rows at once.
+    torch.testing.assert_close(Conditioning.cat([part.text for part in parts]).tokens, whole.text.tokens)
+    for name in ("clean", "noise", "t") if kind is Fresh else ():
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+
+
+def test_prompts_come_without_images(teacher: str) -> None:
+    _, lesson = quality.embedded_lesson(teacher, "shapes")
+    data = Prompted(lesson=lesson, size=5, seed=3)
+    batch, again, other = data.batch(1), data.batch(1), data.batch(2)
+    assert torch.equal(batch.text.tokens, again.text.tokens)
+    assert not torch.equal(batch.text.tokens, other.text.tokens)
+    assert len(batch) == data.size == 5
+    assert torch.equal(batch.null_text.tokens, lesson.text([None]).tokens)
+    with pytest.raises(NasError, match="prompts only"):
+        batch.point()
+    held = Prompted(lesson=lesson, size=5, splits=("held-out",)).batch(0).text.tokens
+    secret = lesson.text(lesson.task.captions("held-out")).tokens  # type: ignore[attr-defined]
+    assert all((row - secret).abs().amax(dim=(1, 2)).min() < 1e-5 for row in held)
 
 
 # Scores
@@ -170,7 +199,7 @@ class Stub(FlowDenoiser):
         super().__init__(nn.Identity(), preconditioner)  # type: ignore[arg-type]
         self.rows, self.answer = rows, answer
 
-    def velocity(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    def velocity(self, x: Tensor, t: Tensor, text: Conditioning) -> Tensor:
         count = len(x) // 2
         found = [next(i for i in range(len(self.rows)) if torch.equal(self.rows.x[i], row)) for row in x[:count]]
         conditional, null = self.rows.velocity[found], self.rows.null_velocity[found]

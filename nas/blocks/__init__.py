@@ -7,7 +7,8 @@ A file defines `Settings`, a frozen keyword-only dataclass of scalars, and `Bloc
 * `skip` `[B, C', H, W]`, concatenated after `x` on channels inside the block, so that the copy is
   part of the block's cost;
 * `temb` `[B, E]`, the time embedding; `text` `[B, T, D]`, the text tokens; `pooled` `[B, P]`, a summary of them;
-  `size_ids` `[B, n]`, sizes of the wanted image; `timestep` `[B]`.
+  `size_ids` `[B, n]`, sizes of the wanted image; `timestep` `[B]`; `guidance` `[B, G]`, an embedding of the guidance
+  scale.
 
 It returns what its `BlockSpec` writes: one tensor, or a tuple in the order of `writes`.
 

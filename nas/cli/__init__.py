@@ -13,8 +13,8 @@ import typer
 from typer.exceptions import TyperException
 
 from nas import __version__
-from nas.cli import browse, cost, export, handover, inherit, profiles, search
-from nas.cli.console import StoppedError, note
+from nas.cli import browse, cache, cost, export, inherit, profiles, sampling, search, training
+from nas.cli.console import StoppedError, note, show_log
 from nas.errors import NasError
 
 app = typer.Typer(
@@ -50,8 +50,10 @@ for verb in (
     profiles.profile,
     cost.measure,
     inherit.inherit,
-    handover.train,
-    handover.sample,
+    cache.cache,
+    training.train,
+    sampling.sample,
+    sampling.evaluate,
     export.export,
 ):
     app.command()(verb)
@@ -70,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
     said = False
+    show_log("nas.tvm")
     try:
         code = app(args=given, prog_name="nas", standalone_mode=False)
         sys.stdout.flush()

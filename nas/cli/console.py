@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shlex
 import sys
@@ -27,6 +28,21 @@ def result(text: str = "") -> None:
 def note(text: str) -> None:
     """Anything that is not the answer, to stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+def show_log(name: str) -> None:
+    """Lets a logger of ours speak to stderr: what takes minutes below the command line says how far it is."""
+    logger = logging.getLogger(name)
+    if not any(isinstance(handler, _Notes) for handler in logger.handlers):
+        logger.addHandler(_Notes())
+    logger.setLevel(logging.INFO)
+
+
+class _Notes(logging.Handler):
+    """Log records as notes; stderr is looked up anew for each."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(record.getMessage())
 
 
 def result_json(data: Any) -> None:

@@ -164,6 +164,7 @@ class _Flow:
             "pooled": (shape.pooled_width,),
             "size_ids": (shape.size_ids,),
             "timestep": (),
+            "guidance": (shape.guidance_width,),
         }
         self._tensors: dict[str, Shape | None] = {key: tensor for key, tensor in given.items() if all(tensor)}
         self._outputs: dict[str, Shape | None] = {}

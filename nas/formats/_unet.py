@@ -36,6 +36,7 @@ DECIDES: Final[Mapping[str, Any]] = MappingProxyType(
         "use_linear_projection": False,
         "only_cross_attention": False,
         "time_embedding_dim": None,
+        "time_cond_proj_dim": None,
         "addition_embed_type": None,
         "addition_time_embed_dim": None,
         "projection_class_embeddings_input_dim": None,
@@ -63,7 +64,6 @@ FIXED: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
         "time_embedding_type": ("positional",),
         "time_embedding_act_fn": (None,),
         "timestep_post_act": (None,),
-        "time_cond_proj_dim": (None,),
         "conv_in_kernel": (3,),
         "conv_out_kernel": (3,),
         "attention_type": ("default",),
@@ -202,6 +202,7 @@ def shape_of(
         text_width=text_width,
         pooled_width=pooled,
         size_ids=sizes,
+        guidance_width=0 if reading["time_cond_proj_dim"] is None else reading.whole("time_cond_proj_dim"),
     )
     return shape, more
 
@@ -330,6 +331,8 @@ def shared_config(spec: NetworkSpec) -> dict[str, Any] | None:
     }
     if transformers:
         config["cross_attention_dim"] = int(get(transformers[0], "text_width", 0))
+    if shape.guidance_width:
+        config["time_cond_proj_dim"] = shape.guidance_width
     return config
 
 

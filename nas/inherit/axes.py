@@ -154,7 +154,10 @@ def _time_embedding(block: BlockSpec, given: str, own: str, skip: str) -> Axes:
     inner = _part("inner", f"{block.name} hidden", _get(block, "time_width"))
     features = _part(FREQUENCY, FREQUENCY, _get(block, "frequency_width"))
     out = _part("temb", "temb", _get(block, "time_width"))
-    return _linear("linear_1", inner, features) | _linear("linear_2", out, inner)
+    axes = _linear("linear_1", inner, features) | _linear("linear_2", out, inner)
+    if guidance := _get(block, "guidance_width", 0):
+        axes["cond_proj.weight"] = (features, _part("guidance", DATA, guidance))
+    return axes
 
 
 def _text_time(block: BlockSpec, given: str, own: str, skip: str) -> Axes:

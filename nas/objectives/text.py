@@ -6,41 +6,37 @@ and at most times the caption changes little.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
-from torch.nn import functional
 
 from nas.errors import NasError
-from nas.objectives import Outputs
+from nas.objectives import Batch, Common, Outputs
+from nas.objectives.output import exact, squared
 
 
 @dataclass(frozen=True, kw_only=True)
-class Objective:
+class Objective(Common):
     """Mean over batch, channels and pixels.
 
     Attributes:
         weight: what the term is multiplied by in the total.
     """
 
-    weight: float = 1.0
+    needs_null: bool = field(default=True, init=False)  # it is about the difference that the caption makes
 
-    @property
-    def needs_null(self) -> bool:
-        """It is about the difference that the caption makes."""
-        return True
-
-    def __call__(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
+    def __call__(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         """The term "text", a scalar in units of velocity squared.
 
         Raises:
             NasError: one side was not asked without a caption.
         """
-        return {"text": functional.mse_loss(_change(student), _change(teacher).detach())}
+        assert teacher is not None  # it says that it needs one
+        return {"text": squared(_change(student), _change(teacher)).mean()}
 
 
 def _change(outputs: Outputs) -> Tensor:
-    """What the caption changes [B, C, H, W], in float32."""
+    """What the caption changes [B, C, H, W], in float32 or better."""
     if outputs.null_velocity is None:
         raise NasError("the text objective needs predictions without a caption from teacher and student")
-    return outputs.velocity.float() - outputs.null_velocity.float()
+    return exact(outputs.velocity) - exact(outputs.null_velocity)

@@ -6,25 +6,35 @@ fixed part of the pipeline, as text encoders are in real text-to-image, so stude
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from nas.diffusion import Conditioning, Schedule
 from nas.errors import NasError
 from nas.paths import package_data
 from nas.teachers.embedded import EmbeddedTeacher, TeacherSettings, load_embedded, save_teacher
+from nas.teachers.files import cached_sha
 from nas.teachers.gaussian import GaussianTeacher
-from nas.teachers.pretrained import DiffusersTeacher, load_pretrained
+from nas.teachers.pipeline import Crop, Pipeline, load_pipeline
+from nas.teachers.pretrained import DiffusersTeacher, load_pretrained, pretrained_digest
+from nas.teachers.vae import Scaling, Vae, load_vae
 
 __all__ = [
+    "Crop",
     "DiffusersTeacher",
     "EmbeddedTeacher",
     "GaussianTeacher",
+    "Pipeline",
+    "Scaling",
     "Teacher",
     "TeacherSettings",
+    "Vae",
+    "load_pipeline",
     "load_teacher",
+    "load_vae",
     "save_teacher",
     "teacher_digest",
     "teacher_file",
@@ -36,19 +46,24 @@ EMBEDDED = "embedded"
 class Teacher(Protocol):
     """What every teacher can be asked; x_t = (1 - t) x0 + t eps with t [B] in [0, 1]."""
 
-    def encode(self, tokens: Tensor) -> Tensor:
-        """Text [B, T, D] of a task's token ids [B, T]."""
+    @property
+    def schedule(self) -> Schedule:
+        """The noise levels it knows."""
         ...
 
-    def null_text(self, count: int = 1) -> Tensor:
-        """Text [count, T, D] of no caption."""
+    def encode(self, tokens: Tensor) -> Conditioning:
+        """The conditions of a task's token ids [B, T]."""
         ...
 
-    def velocity(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    def null_text(self, count: int = 1) -> Conditioning:
+        """The conditions of `count` images without a caption."""
+        ...
+
+    def velocity(self, x: Tensor, t: Tensor, text: Conditioning) -> Tensor:
         """The expected eps - x0 [B, C, H, W]."""
         ...
 
-    def denoise(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    def denoise(self, x: Tensor, t: Tensor, text: Conditioning) -> Tensor:
         """The expected x0 [B, C, H, W]."""
         ...
 
@@ -61,28 +76,42 @@ def teacher_file(name: str) -> Path | None:
 
 
 def teacher_digest(name: str) -> str:
-    """SHA-256 of the teacher's file, or of its name where there is no single file: what cached targets belong to.
+    """SHA-256 of whatever decides the teacher's answers: what cached targets belong to.
+
+    Of a .safetensors teacher it is the file's; of a diffusers folder it covers the denoiser's configuration, its
+    weights and the schedule, by content, so that a copy elsewhere is the same teacher and changed weights another.
 
     Raises:
-        NasError: the file is missing.
+        NasError: the file or folder is missing, or the hub cannot be reached.
     """
     path = teacher_file(name)
     if path is None:
-        return hashlib.sha256(name.encode()).hexdigest()
+        return pretrained_digest(name)
     if not path.is_file():
         raise NasError(f"the teacher file {path} does not exist", hint="see --teacher; 'embedded' is the shipped one")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return cached_sha(path)
 
 
-def load_teacher(name: str = EMBEDDED) -> EmbeddedTeacher | DiffusersTeacher:
-    """The teacher `name`, float32, frozen, in eval mode, on the CPU.
+def load_teacher(
+    name: str = EMBEDDED, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> EmbeddedTeacher | DiffusersTeacher:
+    """The teacher `name`, frozen, in eval mode.
 
     Args:
         name: "embedded"; the path of a .safetensors file that `save_teacher` wrote; or a local diffusers folder or
-            hub id, looked for among local files first.
+            hub id, looked for among local folders first.
+        device: where it goes.
+        dtype: of a diffusers teacher's weights; one of this project is always float32.
 
     Raises:
         NasError: the file, folder or id cannot be found or reached, or is nothing that can teach.
     """
     path = teacher_file(name)
-    return load_pretrained(name) if path is None else load_embedded(path)
+    if path is None:
+        return load_pretrained(name, device=device, dtype=dtype)
+    if dtype != torch.float32:
+        raise NasError(
+            f"the teacher {name} is asked in float32, not {str(dtype).removeprefix('torch.')}: it is small",
+            hint="leave the precision out, or give a diffusers teacher",
+        )
+    return load_embedded(path).to(device)

@@ -6,7 +6,7 @@ Legend: B batch, C channels, H W height and width in pixels, T text tokens, D te
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,12 +15,20 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from nas.build import build
-from nas.diffusion import FlowDenoiser, Preconditioner
+from nas.diffusion import FLOW, Conditioning, FlowDenoiser, Preconditioner, Schedule
 from nas.errors import NasError
 from nas.network import BlockSpec, InputShape, NetworkSpec, block
 from nas.paths import atomic_write
 
-FORMAT = "nas-teacher-1"
+_HINT = "train one with: python benchmarks/train_teacher.py --out FOLDER"
+FORMAT = "nas-teacher-2"
+# Files of the first format hold the layout inside the denoiser.
+_FIRST = "nas-teacher-1"
+_RENAMED = {
+    "denoiser.network.network.": "denoiser.network.",
+    "denoiser.network.field": "layout.field",
+    "denoiser.network.said.": "layout.said.",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,30 +173,26 @@ class TextEncoder(nn.Module):
         return self.norm(self.layers(self.words(tokens) + self.positions))
 
 
-class Positioned(nn.Module):
-    """A network that also sees where each folded pixel lies and what the text says of that place.
+class Layout(nn.Module):
+    """What the text says of each place: a field [B, C p^2, H / p, W / p] that is added to a denoiser's folded input.
 
-    A learnt field is added to its input, and another that an MLP draws from all text tokens at once. Without the
-    second the order of two objects, and with it their colours, is learnt several times more slowly.
-
-    Students do without: the zeros around their convolutions show them the border, and on an 8x8 grid a few 3x3
-    convolutions carry that to every place; the text reaches them through cross-attention.
+    A learnt field that tells places apart, and one that an MLP draws from all text tokens at once. Without it the order
+    of two objects, and with it their colours, is learnt several times more slowly. It depends on the caption alone, is
+    computed once per image, and belongs to the pipeline's fixed text part, as the text encoder does.
     """
 
-    def __init__(self, network: nn.Module, shape: tuple[int, int, int], text_shape: tuple[int, int]) -> None:
+    def __init__(self, shape: tuple[int, int, int], text_shape: tuple[int, int]) -> None:
         super().__init__()
-        self.network = network
         self.field = nn.Parameter(0.02 * torch.randn(shape))
         tokens, width = text_shape
         self.said = nn.Sequential(
             nn.Flatten(), nn.Linear(tokens * width, 2 * width), nn.SiLU(), nn.Linear(2 * width, self.field.numel())
         )
 
-    def forward(self, sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-        """As the network's own, sample [B, C p^2, H / p, W / p]."""
-        field = self.field + self.said(text).view(-1, *self.field.shape)
-        predicted: Tensor = self.network(sample + field, timestep, text)
-        return predicted
+    def forward(self, text: Tensor) -> Tensor:
+        """The field of text [B, T, D]."""
+        said: Tensor = self.said(text)
+        return self.field + said.view(-1, *self.field.shape)
 
 
 class EmbeddedTeacher(nn.Module):
@@ -200,8 +204,8 @@ class EmbeddedTeacher(nn.Module):
         self.preconditioner = Preconditioner(mean=settings.mean, sd=settings.sd)
         self.encoder = TextEncoder(settings)
         text_shape = (len(settings.null_tokens), settings.text_width)
-        network = Positioned(build(network_spec(settings)), settings.folded, text_shape)
-        self.denoiser = FlowDenoiser(network, self.preconditioner, patch=settings.patch)
+        self.layout = Layout(settings.folded, text_shape)
+        self.denoiser = FlowDenoiser(build(network_spec(settings)), self.preconditioner, patch=settings.patch)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -213,22 +217,36 @@ class EmbeddedTeacher(nn.Module):
         """(T, D)."""
         return (len(self.settings.null_tokens), self.settings.text_width)
 
-    def encode(self, tokens: Tensor) -> Tensor:
-        """Text [B, T, D] of a task's token ids [B, T]."""
-        text: Tensor = self.encoder(tokens.to(self.encoder.positions.device))
-        return text
+    @property
+    def conditions(self) -> dict[str, int]:
+        """The parts of `Conditioning` that it cannot make itself, and each one's width."""
+        return {"tokens": self.settings.text_width}
 
-    def null_text(self, count: int = 1) -> Tensor:
-        """Text [count, T, D] of no caption."""
-        return self.encode(torch.tensor([self.settings.null_tokens])).expand(count, -1, -1)
+    @property
+    def schedule(self) -> Schedule:
+        """Rectified flow."""
+        return FLOW
 
-    def velocity(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """The velocity eps - x0 [B, C, H, W] expected at x [B, C, H, W], t [B] in [0, 1], text [B, T, D]."""
-        return self.denoiser.velocity(x, t, text)
+    def encode(self, tokens: Tensor) -> Conditioning:
+        """The conditions of a task's token ids [B, T]."""
+        text = self.encoder(tokens.to(self.encoder.positions.device))
+        return Conditioning(tokens=text, layout=self.layout(text))
 
-    def denoise(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """The clean image x0 [B, C, H, W] expected at x [B, C, H, W], t [B] in [0, 1], text [B, T, D]."""
-        return self.denoiser.denoise(x, t, text)
+    def null_text(self, count: int = 1) -> Conditioning:
+        """The conditions of `count` images without a caption."""
+        return self.encode(torch.tensor([self.settings.null_tokens])).expand(count)
+
+    def velocity(self, x: Tensor, t: Tensor, text: Conditioning) -> Tensor:
+        """The velocity eps - x0 [B, C, H, W] expected at x [B, C, H, W], t [B] in [0, 1]."""
+        return self.denoiser.velocity(x, t, self._placed(text))
+
+    def denoise(self, x: Tensor, t: Tensor, text: Conditioning) -> Tensor:
+        """The clean image x0 [B, C, H, W] expected at x [B, C, H, W], t [B] in [0, 1]."""
+        return self.denoiser.denoise(x, t, self._placed(text))
+
+    def _placed(self, text: Conditioning) -> Conditioning:
+        """The conditions with their layout, which cached text comes without."""
+        return text if text.layout is not None else replace(text, layout=self.layout(text.tokens))
 
     def forward(self, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
         """The velocity from token ids [B, T]: what training fits, through the text encoder too."""
@@ -248,26 +266,45 @@ def load_embedded(path: Path) -> EmbeddedTeacher:
     Raises:
         NasError: the file is missing, is no safetensors file, or holds no teacher of this format.
     """
-    hint = "train one with: python benchmarks/train_teacher.py --out FOLDER"
+    settings, state = read_teacher(path)
+    teacher = EmbeddedTeacher(settings)
+    try:
+        teacher.load_state_dict(state)
+    except RuntimeError as error:
+        raise NasError(f"the weights in {path} do not fit its settings: {error}", hint=_HINT) from error
+    return teacher.requires_grad_(False).eval()
+
+
+def read_teacher(path: Path) -> tuple[TeacherSettings, dict[str, Tensor]]:
+    """The settings and the float32 weights in `path`, under their present names whatever format it has.
+
+    Raises:
+        NasError: the file is missing, is no safetensors file, or is of another format.
+    """
     if not path.is_file():
-        raise NasError(f"the teacher file {path} does not exist", hint=hint)
+        raise NasError(f"the teacher file {path} does not exist", hint=_HINT)
     try:
         with safe_open(path, framework="pt") as stream:
             metadata = stream.metadata() or {}
             state = {name: stream.get_tensor(name).float() for name in stream.keys()}  # noqa: SIM118 (not iterable)
     except (SafetensorError, OSError) as error:
-        raise NasError(f"the teacher file {path} is not a readable safetensors file: {error}", hint=hint) from error
-    if metadata.get("format") != FORMAT:
+        raise NasError(f"the teacher file {path} is not a readable safetensors file: {error}", hint=_HINT) from error
+    if metadata.get("format") == _FIRST:
+        state = {_renamed(name): value for name, value in state.items()}
+    elif metadata.get("format") != FORMAT:
         raise NasError(
             f"{path} is not a teacher of this project: its metadata has format {metadata.get('format')!r},"
             f" {FORMAT!r} is needed",
-            hint=hint,
+            hint=_HINT,
         )
     plain = json.loads(metadata["settings"])
     lists = {name: tuple(value) for name, value in plain.items() if isinstance(value, list)}
-    teacher = EmbeddedTeacher(TeacherSettings(**plain | lists))
-    try:
-        teacher.load_state_dict(state)
-    except RuntimeError as error:
-        raise NasError(f"the weights in {path} do not fit its settings: {error}", hint=hint) from error
-    return teacher.requires_grad_(False).eval()
+    return TeacherSettings(**plain | lists), state
+
+
+def _renamed(name: str) -> str:
+    """A parameter's present name, given that in a file of the first format."""
+    for old, new in _RENAMED.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nas.diffusion import rectified_flow
+from nas.diffusion import FLOW, Conditioning, Schedule, rectified_flow
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,25 +34,30 @@ class GaussianTeacher:
         """(C, H, W)."""
         return tuple(self.mean.shape)
 
-    def encode(self, tokens: Tensor) -> Tensor:
+    @property
+    def schedule(self) -> Schedule:
+        """Rectified flow."""
+        return FLOW
+
+    def encode(self, tokens: Tensor) -> Conditioning:
         """Text [B, T, D]: each token id [B, T] repeated D times."""
-        return tokens.to(self.mean.dtype)[..., None].expand(-1, -1, self.text_shape[1])
+        return Conditioning(tokens=tokens.to(self.mean.dtype)[..., None].expand(-1, -1, self.text_shape[1]))
 
-    def null_text(self, count: int = 1) -> Tensor:
+    def null_text(self, count: int = 1) -> Conditioning:
         """Zeros [count, T, D]."""
-        return torch.zeros((count, *self.text_shape), dtype=self.mean.dtype)
+        return Conditioning(tokens=torch.zeros((count, *self.text_shape), dtype=self.mean.dtype))
 
-    def mean_given(self, text: Tensor) -> Tensor:
+    def mean_given(self, text: Conditioning) -> Tensor:
         """The data's mean [B, C, H, W] under text [B, T, D]."""
-        return self.mean + self.pull * text.mean((1, 2)).view(-1, 1, 1, 1)
+        return self.mean + self.pull * text.tokens.mean((1, 2)).view(-1, 1, 1, 1)
 
-    def denoise(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    def denoise(self, x: Tensor, t: Tensor, text: Conditioning) -> Tensor:
         """x0*(x) [B, C, H, W], exact."""
         at = rectified_flow(t.to(x.dtype).view(-1, 1, 1, 1))
         mean, variance = self.mean_given(text), self.sd**2
         return mean + at.a * variance / (at.a**2 * variance + at.s**2) * (x - at.a * mean)
 
-    def velocity(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    def velocity(self, x: Tensor, t: Tensor, text: Conditioning) -> Tensor:
         """eps* - x0* [B, C, H, W], exact; eps* = s M^-1 (x - a mu), so t = 0 is no special case."""
         at = rectified_flow(t.to(x.dtype).view(-1, 1, 1, 1))
         mean, variance = self.mean_given(text), self.sd**2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from nas.errors import UsageError
 from nas.families.unet.plan import Chosen, Plan
@@ -21,13 +22,13 @@ def stem(plan: Plan, chosen: Chosen) -> Blocks:
 
 def time_embedding(plan: Plan, chosen: Chosen) -> Blocks:
     """The embedding of the timestep; four times as wide as the first stage."""
-    width = plan.width(chosen, 0)
+    width, guidance = plan.width(chosen, 0), plan.shape.guidance_width
     inputs: dict[str, tuple[int, ...]] = {"timestep": ()}
-    return (
-        block(
-            "time_embedding", "time_embedding", inputs, writes=("temb",), frequency_width=width, time_width=4 * width
-        ),
-    )
+    more: dict[str, Any] = {}
+    if guidance:
+        inputs["guidance"], more["guidance_width"] = (guidance,), guidance
+    kind = "time_embedding"
+    return (block(kind, kind, inputs, writes=("temb",), frequency_width=width, time_width=4 * width, **more),)
 
 
 def add_embedding(plan: Plan, chosen: Chosen) -> Blocks:

@@ -34,7 +34,7 @@ search: setup
 	$(BIN)/nas search --space $(SPACE) --budget $(BUDGET) --trials $(TRIALS)
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff format --check .

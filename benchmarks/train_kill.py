@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/train_kill.py [--kills 10] [--recipe sid_lsg-tiny] [--steps 60]
 
 Runs one `nas train` to its end; runs the same command again for another folder, sends SIGKILL to its whole process
-group at random moments all along the run, resuming after each; then compares every stage's network byte by byte and its losses line by
-line. Prints the verdict last and writes reports/benchmarks/train_kill.json. The recipe has two stages, the second with
-a network that learns beside the student, so that everything a checkpoint holds is in play; it is shortened, because
-the benchmark is about what is saved, not about quality.
+group at random moments all along the run, resuming after each; then compares every stage's network byte by byte and
+its losses line by line. Prints the verdict last and writes reports/benchmarks/train_kill.json. The recipe has two
+stages, the second with a network that learns beside the student, so that everything a checkpoint holds is in play; it
+is shortened, because the benchmark is about what is saved, not about quality.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A training killed at random moments ends with the same bits as one left in peace.
 
-    OMP_NUM_THREADS=1 python benchmarks/train_kill.py [--kills 10] [--recipe sid_lsg-tiny] [--steps 60]
+    OMP_NUM_THREADS=1 python benchmarks/train_kill.py [--kills 10] [--recipe sid_lsg-tiny] [--steps 90]
 
 Runs one `nas train` to its end; runs the same command again for another folder, sends SIGKILL to its whole process
 group at random moments all along the run, resuming after each; then compares every stage's network byte by byte and
@@ -75,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--recipe", default="sid_lsg-tiny")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=90)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--every", type=int, default=3, help="steps between checkpoints")
     parser.add_argument("--seed", type=int, default=0)
@@ -86,7 +86,7 @@ def main() -> None:
         first_s, whole_s = whole_run(options, root / "peace")
         print(f"undisturbed: {whole_s:.1f} s, the first checkpoint after {first_s:.1f} s", file=sys.stderr)
         # Random places in the work, in order; between them a random time, which hits loading, steps and writing alike.
-        places = sorted(moments.randrange(options.steps - options.every) for _ in range(options.kills))
+        places = sorted(moments.randrange(options.steps - 4 * options.every) for _ in range(options.kills))
         pause_s = (whole_s - first_s) / options.steps * options.every
         kills: list[dict[str, Any]] = []
         for place in places:

@@ -146,12 +146,16 @@ def load_clip(source: str) -> ClipScore:
     """
     # Imported here: transformers takes seconds, and only this score needs it.
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+    from transformers.utils import logging
 
-    parts = [
-        _local_first(source, kind.from_pretrained, _CLIP_HINT)
-        for kind in (CLIPModel, CLIPTokenizer, CLIPImageProcessorPil)
-    ]
-    model, tokenizer, image_processor = parts
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        kinds = (CLIPModel, CLIPTokenizer, CLIPImageProcessorPil)
+        model, tokenizer, image_processor = (_local_first(source, k.from_pretrained, _CLIP_HINT) for k in kinds)
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     return ClipScore(
         model=model.float().requires_grad_(False).eval(), tokenizer=tokenizer, image_processor=image_processor
     )

@@ -73,13 +73,15 @@ def trained(arm: str, seed: int, steps: int, folder: Path) -> Path:
         checkpoints=Checkpoints(folder=folder, every=100),
     )
     about = {"arm": arm, "seed": seed, "steps": taken, "cpu_s": round(time.process_time() - began, 1)}
-    return save_student(weights, found.average, Sampling(), about)
+    return save_student(weights, found.average, Sampling(), es.about() | about)
 
 
 def scored(weights: Path, lesson: Lesson, prompts: int) -> dict[str, Any]:
     """A trained student's row."""
     found = load_student(weights)
-    return dict(found.about) | scores(found.denoiser, lesson, Sampling(), prompts=prompts)
+    return {name: found.about[name] for name in ("arm", "seed", "steps", "cpu_s")} | scores(
+        found.denoiser, lesson, Sampling(), prompts=prompts
+    )
 
 
 def main() -> None:

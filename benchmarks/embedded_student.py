@@ -15,6 +15,7 @@ from nas.features import body
 from nas.inherit import inherit
 from nas.network import NetworkSpec
 from nas.targets import Lesson
+from nas.teachers import teacher_digest
 from nas.trace import trace_block
 
 REMOVED = ("mid_block.resnets.0", "up_blocks.0.resnets.0", "up_blocks.0.attentions.0")
@@ -47,6 +48,11 @@ def student(lesson: Lesson, seed: int, *, inherited: bool = True) -> FlowDenoise
         state, _ = inherit(spec, network.spec, network.state_dict(), seed=seed, origin=origin)
         made.load_state_dict(state)
     return FlowDenoiser(made, teacher.preconditioner, patch=teacher.settings.patch)
+
+
+def about() -> dict[str, str]:
+    """What `nas sample` and `nas evaluate` must know of a student's file."""
+    return {"teacher": "embedded", "teacher_digest": teacher_digest("embedded"), "task": "shapes"}
 
 
 def macs(spec: NetworkSpec) -> int:

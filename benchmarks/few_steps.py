@@ -94,7 +94,7 @@ def base(runs: Path) -> Path:
             teacher=teacher,
             checkpoints=Checkpoints(folder=weights.parent, every=100),
         )
-        save_student(weights, found.average, Sampling(guidance=GUIDANCE), {"arm": "base"})
+        save_student(weights, found.average, Sampling(guidance=GUIDANCE), es.about() | {"arm": "base"})
     return weights
 
 
@@ -118,7 +118,8 @@ def trained(arm: str, runs: Path) -> Path:
         report_every=100,
     )
     about = {"arm": arm, "training_steps": settings.steps, "cpu_s": round(time.process_time() - began, 1)}
-    return save_student(weights, found.average, Sampling(), about)
+    sampling = sampling_of(arm, ARMS[arm][2][-1])
+    return save_student(weights, found.average, sampling, es.about() | about)
 
 
 def sampling_of(arm: str, steps: int) -> Sampling:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
 import os
 import random
@@ -24,8 +25,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from nas.checkpoint.files import read_file
 from nas.paths import atomic_write
-from nas.provenance import file_sha, provenance
+from nas.provenance import provenance
 
 
 def start(options: argparse.Namespace, out: Path) -> subprocess.Popen[bytes]:
@@ -37,9 +39,18 @@ def start(options: argparse.Namespace, out: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
+def content_sha(path: Path) -> str:
+    """Of a network's weights and record; the order of a safetensors header is its writer's hash map's."""
+    about, weights = read_file(path)
+    found = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name in sorted(weights):
+        found.update(name.encode() + weights[name].contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
 def outcome(out: Path) -> dict[str, Any]:
     """Every network's hash, and every losses.csv without its times, which are a measurement."""
-    networks = {str(path.relative_to(out)): file_sha(path) for path in sorted(out.rglob("network.safetensors"))}
+    networks = {str(path.relative_to(out)): content_sha(path) for path in sorted(out.rglob("network.safetensors"))}
     losses: dict[str, Any] = {}
     for path in sorted(out.rglob("losses.csv")):
         with path.open() as stream:
@@ -86,8 +97,8 @@ def main() -> None:
         first_s, whole_s = whole_run(options, root / "peace")
         print(f"undisturbed: {whole_s:.1f} s, the first checkpoint after {first_s:.1f} s", file=sys.stderr)
         # Random places in the work, in order; between them a random time, which hits loading, steps and writing alike.
-        places = sorted(moments.randrange(options.steps - 4 * options.every) for _ in range(options.kills))
-        pause_s = (whole_s - first_s) / options.steps * options.every
+        places = sorted(moments.randrange(options.steps - 6 * options.every) for _ in range(options.kills))
+        pause_s = min(1.0, (whole_s - first_s) / options.steps * options.every)
         kills: list[dict[str, Any]] = []
         for place in places:
             process = start(options, root / "killed")

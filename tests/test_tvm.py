@@ -116,6 +116,7 @@ def test_only_what_lacks_a_record_is_tuned(
     found = records.read(path, machine)
     kept = sorted(found)[0]
     records.write(path, {kept: found[kept]}, machine)
+    caplog.clear()
     with caplog.at_level(logging.INFO, logger="nas.tvm"):
         backend.load(module, inputs, TUNED, tuning(path))
     assert [message.partition(":")[0] for message in told(caplog)] == ["kernel 1 of 1"]

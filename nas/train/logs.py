@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -66,8 +67,17 @@ class Logs:
             # Imported here: it takes as long as a short stage.
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self.folder / "logs"), purge_step=step)
+            folder = self.folder / "logs"
+            _wait_past_the_newest(folder)
+            self._writer = SummaryWriter(str(folder), purge_step=step)
         return self._writer
+
+
+def _wait_past_the_newest(folder: Path) -> None:
+    """TensorBoard reads files in the order of their names, and within a second that order is arbitrary."""
+    seconds = {int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.*")}
+    while int(time.time()) in seconds:
+        time.sleep(0.05)
 
 
 def as_csv(history: Sequence[Progress]) -> str:

@@ -22,12 +22,12 @@ import embedded_student as es
 import pandas as pd
 import torch
 
+from nas.bench import embedded_lesson
 from nas.distill import Checkpoints, TrainSettings, train
 from nas.judge import scores
 from nas.objectives import Objective, objective
 from nas.paths import atomic_write
 from nas.provenance import provenance
-from nas.quality import embedded_lesson
 from nas.students import WEIGHTS, Sampling, load_student, save_student
 from nas.targets import Fresh, Lesson
 

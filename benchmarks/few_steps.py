@@ -24,6 +24,7 @@ import pandas as pd
 import torch
 from PIL import Image
 
+from nas.bench import embedded_lesson
 from nas.diffusion import FLOW, Denoiser
 from nas.distill import Checkpoints, TrainSettings, train
 from nas.judge import EmbeddedPipeline, scores
@@ -31,7 +32,6 @@ from nas.judge.scoring import drawn
 from nas.objectives import Objective, objective
 from nas.paths import atomic_write
 from nas.provenance import provenance
-from nas.quality import embedded_lesson
 from nas.students import WEIGHTS, Sampling, load_student, save_student
 from nas.targets import Fresh, Lesson
 

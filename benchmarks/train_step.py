@@ -26,12 +26,12 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch.nn import functional
 
+from nas.bench import embedded_lesson, teacher_hash
 from nas.diffusion import noised, sample_times
 from nas.distill import TrainSettings, train
 from nas.objectives import objective
 from nas.paths import atomic_write
 from nas.provenance import provenance
-from nas.quality import embedded_lesson, teacher_hash
 from nas.targets import Cached, Lesson, TargetSettings, cached_targets
 
 

@@ -43,7 +43,11 @@ def load(package: str, name: str) -> ModuleType:
     if name.endswith(".py"):
         return _load_file(Path(name))
     if name not in plugins(package):
-        raise unknown(package.rpartition(".")[2].removesuffix("s").replace("familie", "family"), name, plugins(package))
+        raise unknown(
+            package.rpartition(".")[2].removesuffix("s").replace("familie", "family").replace("proxie", "proxy"),
+            name,
+            plugins(package),
+        )
     return importlib.import_module(f"{package}.{name}")
 
 

@@ -158,7 +158,12 @@ def run_search(settings: SearchSettings, progress: Progress | None = None) -> Se
     report("price", 0, 1, f"pricing {plan.evaluator.space.name}: each distinct block is traced once")
     plan.evaluator.pricer.prepare(lambda done, total: report("price", done, total, "blocks traced"))
     plan.evaluator.check_reachable()
-    quality.prepare(plan.teacher, plan.proxy, lambda done, total: report("teacher", done, total, "teacher targets"))
+    quality.prepare(
+        plan.evaluator.space,
+        plan.teacher,
+        plan.proxy,
+        lambda done, total: report("teacher", done, total, "teacher targets"),
+    )
     folder = study_folder(settings, plan)
     with Study(plan, folder, report) as study:
         if study.attr("feasible_share") is None:
@@ -246,7 +251,7 @@ def write_record(study: Study, settings: SearchSettings) -> SearchResult:
         "hypervolume": hypervolumes(trials, evaluator.terms.budget.ms),
         "edges": edges(chosen, evaluator.space),
         "recommended": recommended,
-        "fidelity": quality.fidelity(plan.proxy, plan.teacher),
+        "fidelity": quality.fidelity(plan.proxy, plan.teacher, evaluator.space.name),
         "sources": [*evaluator.space.sources, *evaluator.sheet.sources],
         "finished": study.proxied >= plan.trials,
         "next": f"nas train {_typed(study.folder)}#{recommended['key']}" if recommended else "nas search --help",

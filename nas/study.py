@@ -278,7 +278,7 @@ class Study:
     def _evaluate_round(self, pending: dict[int, Candidate]) -> None:
         """Runs the round's proxies side by side, then tells them in the order of their numbers."""
         frozen = {t.number: t for t in self.study.get_trials(deepcopy=False)}
-        futures: dict[Future[quality.Quality], int] = {
+        futures: dict[Future[quality.Score], int] = {
             self._workers().submit(quality.score, candidate, self.plan.teacher, self.plan.proxy): number
             for number, candidate in pending.items()
         }
@@ -318,7 +318,7 @@ class Study:
         return self._executor
 
 
-def _outcome(priced: Evaluation, future: Future[quality.Quality]) -> tuple[Evaluation, str]:
+def _outcome(priced: Evaluation, future: Future[quality.Score]) -> tuple[Evaluation, str]:
     """What one proxy run says; a run that diverged is a failed trial with its reason, not the end of the search."""
     try:
         return priced.with_quality(future.result()), "proxied"

@@ -100,6 +100,7 @@ class Rows:
         velocity: the teacher's answer given the caption [R, C, H, W].
         null_velocity: its answer given the null caption [R, C, H, W].
         null_text: [1, T, D].
+        complete: adds to text conditions what a teacher makes of them and the cache does not hold; None adds nothing.
     """
 
     x: Tensor
@@ -108,6 +109,7 @@ class Rows:
     velocity: Tensor
     null_velocity: Tensor
     null_text: Tensor
+    complete: Callable[[Conditioning], Conditioning] | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -119,8 +121,11 @@ class Rows:
             for part in (self.x, self.t, self.text, self.velocity, self.null_velocity)
         )
         teacher = Outputs(velocity=velocity, null_velocity=null_velocity)
-        null = Conditioning(tokens=self.null_text.to(device=x.device))
-        return Batch(x=x, t=t, text=Conditioning(tokens=text), teacher=teacher, null_text=null)
+        said, null = (Conditioning(tokens=each) for each in (text, self.null_text.to(x.device)))
+        if self.complete is not None:
+            with torch.no_grad():
+                said, null = self.complete(said), self.complete(null)
+        return Batch(x=x, t=t, text=said, teacher=teacher, null_text=null)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ resumed ends in the same bits as one that was not. Legend: B batch, C channels, 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +46,8 @@ def train(
     checkpoints: Checkpoints | None = None,
     on_progress: Callable[[Sequence[Progress]], None] | None = None,
     report_every: int = 20,
+    watch: Callable[[int, Student, Sequence[Progress]], None] | None = None,
+    watch_at: Collection[int] = (),
 ) -> Trained[Student]:
     """Trains `student` in place and returns its averaged copy.
 
@@ -59,6 +61,9 @@ def train(
         checkpoints: where to save and resume; None saves nothing.
         on_progress: called with the record so far at each new line of it.
         report_every: steps per line.
+        watch: called after each of the steps `watch_at` with that step, the averaged student in eval mode and the
+            record, a line of which then ends there; what it raises ends the run.
+        watch_at: those steps.
 
     Raises:
         NasError: a loss or gradient that is not finite (the last checkpoint is from before it), no objectives, no
@@ -66,6 +71,7 @@ def train(
     """
     run = start(student, data, tuple(objectives), settings, teacher, engine or Engine(settings.precision))
     pending: list[Record] = []
+    average: Any
     cuda = [p.device for p in student.parameters() if p.device.type == "cuda"][:1]
     # The caller's own random state is left as it was.
     with torch.random.fork_rng(devices=cuda):
@@ -78,7 +84,8 @@ def train(
             pending.append(step(run))
             last = run.step == settings.steps
             due = checkpoints is not None and (last or run.step % checkpoints.every == 0)
-            if last or due or run.step % report_every == 0:
+            watched = watch is not None and run.step in watch_at
+            if last or due or watched or run.step % report_every == 0:
                 run.seconds = time.perf_counter() - began
                 run.history.append(line(run, pending))
                 pending.clear()
@@ -86,6 +93,10 @@ def train(
                     on_progress(run.history)
             if due and checkpoints is not None:
                 save(run, checkpoints)
-    run.average.eval()
-    average: Any = run.average
+            if watched and watch is not None:
+                average = run.average.eval()
+                paused = time.perf_counter()
+                watch(run.step, average, run.history)
+                began += time.perf_counter() - paused
+    average = run.average.eval()
     return Trained(average=average, history=tuple(run.history), resumed_from=run.resumed_from)

@@ -19,7 +19,7 @@ from nas.evaluate.whole import Breakdown, Share, breakdown
 from nas.latency import LatencyPredictor
 from nas.network import Scalar
 from nas.pricing import PricedBlock, Pricer, Prices, fastest
-from nas.quality import Quality
+from nas.proxies import Score
 from nas.space import Candidate, SearchSpace
 
 __all__ = ["Breakdown", "Evaluation", "Evaluator", "Share", "Terms", "breakdown", "terms", "with_pipeline"]
@@ -30,8 +30,8 @@ class Evaluation:
     """One row of a study.
 
     Latencies are predictions: `latency_low_ms` and `latency_high_ms` bound one image from below and above, each with
-    the budget's confidence. `quality` is the proxy's fidelity to the teacher in dB (higher is better), None where the
-    proxy was not run; `text_quality` is the same for the conditional-minus-unconditional prediction.
+    the budget's confidence. `quality` is the proxy's score (higher is better), None where the proxy was not
+    run; `text_quality` is its score of the conditional-minus-unconditional prediction, None where it gives none.
     """
 
     key: str
@@ -54,15 +54,15 @@ class Evaluation:
     text_quality_sd: float | None = None
     seconds: float | None = None
 
-    def with_quality(self, quality: Quality) -> Evaluation:
+    def with_quality(self, score: Score) -> Evaluation:
         """The same row with what the proxy run found."""
         return replace(
             self,
-            quality=quality.quality_db,
-            quality_sd=quality.quality_sd,
-            text_quality=quality.text_db,
-            text_quality_sd=quality.text_sd,
-            seconds=quality.seconds,
+            quality=score.value,
+            quality_sd=score.value_sd,
+            text_quality=score.text,
+            text_quality_sd=score.text_sd,
+            seconds=score.seconds,
         )
 
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from nas import registry, teachers
 from nas.batches import stream
+from nas.bench import embedded_lesson, teacher_hash
 from nas.diffusion import Conditioning, Denoiser
 from nas.errors import NasError, UsageError
 from nas.judge.shapes_features import floor, shapes_distance
-from nas.quality import embedded_lesson, teacher_hash
 from nas.students import TrainedStudent
 from nas.targets import Lesson
 from nas.teachers.decoders import Decoder

@@ -238,13 +238,13 @@ class EmbeddedTeacher(nn.Module):
 
     def velocity(self, x: Tensor, t: Tensor, text: Conditioning) -> Tensor:
         """The velocity eps - x0 [B, C, H, W] expected at x [B, C, H, W], t [B] in [0, 1]."""
-        return self.denoiser.velocity(x, t, self._placed(text))
+        return self.denoiser.velocity(x, t, self.placed(text))
 
     def denoise(self, x: Tensor, t: Tensor, text: Conditioning) -> Tensor:
         """The clean image x0 [B, C, H, W] expected at x [B, C, H, W], t [B] in [0, 1]."""
-        return self.denoiser.denoise(x, t, self._placed(text))
+        return self.denoiser.denoise(x, t, self.placed(text))
 
-    def _placed(self, text: Conditioning) -> Conditioning:
+    def placed(self, text: Conditioning) -> Conditioning:
         """The conditions with their layout, which cached text comes without."""
         return text if text.layout is not None else replace(text, layout=self.layout(text.tokens))
 

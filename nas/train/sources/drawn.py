@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nas import registry
 from nas.batches import Batches
+from nas.bench import ProxySettings, small_copy
 from nas.build import Network
 from nas.diffusion import FlowDenoiser
 from nas.errors import NasError
@@ -16,7 +17,6 @@ from nas.features import body
 from nas.judge import EmbeddedPipeline, drawn, grid
 from nas.judge.scoring import SEED
 from nas.network import NetworkSpec
-from nas.quality import ProxySettings, small_copy
 from nas.space import Candidate
 from nas.students import Sampling
 from nas.targets import Fresh, Lesson, Prompted

@@ -1,0 +1,126 @@
+"""Training a small copy and watching it: what proxies and long runs share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from nas.bench.held import Fidelity
+from nas.bench.small import learning_rate
+from nas.build import Network
+from nas.diffusion import FlowDenoiser
+from nas.distill import Progress, train
+from nas.errors import NasError
+from nas.features import body
+
+if TYPE_CHECKING:
+    from nas.bench import Bench
+
+_LOOKS = (1 / 4, 1 / 2, 3 / 4)  # shares of the steps at which a run may be stopped
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """Where a student stands on its way.
+
+    Attributes:
+        step: optimiser steps done.
+        train_db: -10 log10 of its mean training loss since the point before. All candidates see the same rows in the
+            same order, so these compare like with like and cost nothing.
+        seconds: of training so far.
+        quality_db, text_db: on held-out rows, with the averaged weights; None where that was not asked for.
+    """
+
+    step: int
+    train_db: float
+    seconds: float
+    quality_db: float | None = None
+    text_db: float | None = None
+
+
+Curve = tuple[Point, ...]
+Stop = Callable[[Sequence[Point]], str | None]
+
+
+class Stopped(NasError):
+    """A run that was ended early because it could not reach what it had to; `curve` is how far it came."""
+
+    def __init__(self, message: str, curve: Curve) -> None:
+        super().__init__(message)
+        self.curve = curve
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.message, self.curve)
+
+
+def distilled(
+    fresh: FlowDenoiser,
+    bench: Bench,
+    *,
+    stop: Stop | None = None,
+    judged_at: Sequence[int] = (),
+) -> tuple[FlowDenoiser, Fidelity, Curve]:
+    """Trains a student on the bench's rows; it, how well it follows the teacher, and its way there.
+
+    Args:
+        fresh: with the weights to start from; trained in place.
+        bench: whose settings' steps are taken.
+        stop: asked at a quarter, half and three quarters of the steps.
+        judged_at: steps at which the averaged student is judged on the held-out rows too, for curves.
+
+    Raises:
+        Stopped: `stop` gave a reason.
+        NasError: training diverged: not finite, or no better than a network that adds nothing.
+    """
+    settings = bench.settings
+    if settings.steps == 0:
+        fresh.eval()
+        return fresh, bench.judge(fresh), ()
+    network = body(fresh)
+    assert isinstance(network, Network)  # a small copy is made of our blocks
+    schedule = settings.schedule(learning_rate(network.spec, settings))
+    looks = sorted({max(1, round(share * settings.steps)) for share in _LOOKS}) if stop is not None else []
+    points: list[Point] = []
+
+    def watch(step: int, average: FlowDenoiser, history: Sequence[Progress]) -> None:
+        points.append(_point(bench, average, history, judged=step in judged_at))
+        reason = stop(points) if stop is not None and step in looks else None
+        if reason is not None:
+            raise Stopped(reason, tuple(points))
+
+    trained = train(
+        fresh,
+        bench.data,
+        settings.objectives,
+        schedule,
+        report_every=settings.steps,
+        watch=watch,
+        watch_at={*looks, *judged_at, settings.steps},
+    ).average
+    found = bench.judge(trained)
+    if not found.quality_db > 0:
+        raise NasError(
+            f"training diverged: after {settings.steps} steps the student is no better than an untrained one"
+            f" ({found.quality_db:.2f} dB)",
+            hint="a lower learning rate in the proxy's settings",
+        )
+    return trained, found, tuple(points)
+
+
+def _point(bench: Bench, average: FlowDenoiser, history: Sequence[Progress], *, judged: bool) -> Point:
+    last = history[-1]
+    found = bench.judge(average) if judged else None
+    return Point(
+        step=last.step,
+        train_db=decibels(last.loss),
+        seconds=last.seconds,
+        quality_db=None if found is None else found.quality_db,
+        text_db=None if found is None else found.text_db,
+    )
+
+
+def decibels(loss: float) -> float:
+    """-10 log10 of a loss."""
+    return -10 * math.log10(max(loss, 1e-12))

@@ -5,19 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nas import proxies
-from nas.bench import Bench, ProxySettings, Stop, teacher_hash
+from nas.bench import LATENTS, ProxySettings, Stop, bench_of, teacher_hash
 from nas.errors import NasError
 from nas.paths import data_dir
 from nas.proxies import Score
 from nas.space import Candidate, SearchSpace
 
-__all__ = ["ProxySettings", "Score", "cannot_see", "fidelity", "prepare", "score", "teacher_hash"]
+__all__ = ["ProxySettings", "Score", "cannot_see", "fidelity", "on_latents", "prepare", "score", "teacher_hash"]
 
+_FULL_SIZE_LR = 1e-4
 CARDS = "proxy"  # below reports/: of this project, and of the folder that a person works in
 
 
@@ -26,6 +27,7 @@ def prepare(
     teacher: str,
     settings: ProxySettings,
     on_progress: Callable[[int, int], None] | None = None,
+    device: str = "cpu",
 ) -> None:
     """Computes what all candidates share (the teacher's answers, and what the proxy itself needs) unless it is cached.
 
@@ -34,12 +36,14 @@ def prepare(
     Raises:
         NasError: no such teacher, or one that cannot teach the task.
     """
-    bench = Bench(teacher, settings)
+    bench = bench_of(teacher, settings, device)
     bench.prepare(on_progress)
     proxies.prepare(space, bench, on_progress)
 
 
-def score(candidate: Candidate, teacher: str, settings: ProxySettings, stop: Stop | None = None) -> Score:
+def score(
+    candidate: Candidate, teacher: str, settings: ProxySettings, stop: Stop | None = None, device: str = "cpu"
+) -> Score:
     """The proxy's score of one candidate; runs in one thread, fit for a process pool.
 
     Args:
@@ -47,28 +51,59 @@ def score(candidate: Candidate, teacher: str, settings: ProxySettings, stop: Sto
         teacher: as for `nas.teachers.load_teacher`.
         settings: which proxy, and how.
         stop: ends a run early where it gives a reason; proxies that train nothing do not ask it.
+        device: as for `nas.bench.Bench`; it decides the speed alone.
 
     Raises:
         Stopped: `stop` gave a reason.
         NasError: the candidate cannot be scaled down, or its training diverged.
     """
-    return proxies.proxy(settings.proxy).score(candidate, Bench(teacher, settings), stop)
+    return proxies.proxy(settings.proxy).score(candidate, bench_of(teacher, settings, device), stop)
+
+
+def on_latents(settings: ProxySettings, data: Path, device: str = "cpu") -> ProxySettings:
+    """The same proxy on candidates at their full size, trained on a folder of latents: bf16 on a GPU.
+
+    The rate is what the recipes of published systems take for networks of that size, a hundredth of the small copies'.
+    """
+    precision: Literal["fp32", "bf16"] = "bf16" if device.startswith("cuda") else "fp32"
+    return replace(settings, task=LATENTS, data=str(data), lr=_FULL_SIZE_LR, precision=precision)
 
 
 def cannot_see(settings: ProxySettings) -> tuple[str, ...]:
     """What a reader must know this score says nothing about."""
-    rows = settings.steps * settings.batch
-    return (
-        f"It scores a copy with widths divided by {settings.width_divisor} after {settings.steps} steps on {rows:,}"
-        " drawn 32x32 scenes: what shows only at full width, at full resolution or late in training is not in it.",
-        "So short a run favours networks that learn fast, which are often the small and shallow ones; a larger network"
-        " may overtake them with training. The front can therefore end well below the budget.",
-        "Captions are hardly learnt in so short a run, so the quality does not judge where cross-attention stands; the"
-        " text score beside it says how much of the caption's effect each student has learnt (0 dB: none).",
-        "It compares networks under output distillation with one recipe; a network that needs another learning rate"
-        " or another loss is scored lower than it deserves.",
-        "Differences below about two standard deviations of the seeds are ties.",
+    scale = f"a copy with widths divided by {settings.width_divisor}"
+    where = "drawn 32x32 scenes"
+    if settings.task == LATENTS:
+        scale, where = "the candidate itself", "examples from disk"
+    found = []
+    if settings.steps == 0 and settings.shared_steps == 0:
+        found.append(f"It trains nothing: it is read off {scale}, or off the candidate's size, and was never taught.")
+    else:
+        shared = f" on top of {settings.shared_steps} that all candidates share" if settings.shared_steps else ""
+        found.append(
+            f"It scores {scale} after {settings.steps} steps{shared}, {settings.steps * settings.batch:,} {where}: what"
+            " shows only late in training is not in it"
+            + (", nor what shows only at full width or full resolution." if settings.task != LATENTS else ".")
+        )
+        found.append(
+            "So short a run favours networks that learn fast; a larger one may overtake them with training. The front"
+            " can therefore end well below the budget."
+        )
+        found.append(
+            "Captions are hardly learnt in so short a run, so the quality says little about where cross-attention"
+            " stands; the text score beside it says how much of the caption's effect each student has learnt (0 dB:"
+            " none)."
+        )
+        found.append(
+            "It compares networks under output distillation with one recipe; a network that needs another learning"
+            " rate or another loss is scored lower than it deserves."
+        )
+    found.append(
+        "Differences below about two standard deviations of the seeds are ties."
+        if len(settings.seeds) > 1
+        else "One initialisation each: the fidelity card says how far two of them differ, and less than that is a tie."
     )
+    return tuple(found)
 
 
 def fidelity(settings: ProxySettings, teacher: str, space: str) -> dict[str, Any] | None:
@@ -78,7 +113,7 @@ def fidelity(settings: ProxySettings, teacher: str, space: str) -> dict[str, Any
     """
     wanted, digest = json.loads(json.dumps(asdict(settings))), teacher_hash(teacher)
     found = [card for card in _cards() if card["proxy"] == wanted and card["teacher_digest"] == digest]
-    found.sort(key=lambda card: card["space"] != space)
+    found.sort(key=lambda card: (card["space"] != space, -int(card.get("candidates", 0))))
     return found[0] if found else None
 
 

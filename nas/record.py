@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from nas import pareto
+from nas.bench import Curve
 from nas.errors import NasError, UsageError, unknown
 from nas.evaluate import Evaluation, Evaluator
 from nas.paths import atomic_write, find_study
@@ -22,6 +23,8 @@ from nas.space import Candidate, SearchSpace, load_space
 
 SCHEMA = 1
 FILES = ("study.json", "trials.csv", "front.csv", "blocks.csv")
+# Of proxies that train: fidelity to the teacher.
+DECIBELS = "dB"
 # Worth nothing: a student that predicts no better than the preconditioner's skip path alone has 0 dB.
 QUALITY_FLOOR_DB = 0.0
 # Below this a student predicts less than a tenth of what a caption changes.
@@ -30,11 +33,25 @@ TEXT_LEARNT_DB = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One trial of a study as it is written down; state is proxied, infeasible, duplicate or failed."""
+    """One trial of a study as it is written down.
+
+    Attributes:
+        number: in the order of proposals.
+        state: proxied; stopped (early: it has no quality); infeasible; duplicate; failed.
+        evaluation: cost, latency and quality, and why there is none.
+        round: in which its proxy ran; None where none did.
+        cause: why an infeasible trial is, where it is not the budget.
+        curve: its way, as far as it came.
+        saved_s: proxy seconds that stopping it saved (an estimate).
+    """
 
     number: int
     state: str
     evaluation: Evaluation
+    round: int | None = None
+    cause: str = ""
+    curve: Curve = ()
+    saved_s: float = 0.0
 
 
 _COLUMNS = [f.name for f in fields(Evaluation) if f.name not in ("choices", "source", "reason")]
@@ -71,37 +88,43 @@ def front(trials: Sequence[Trial]) -> list[Evaluation]:
     return sorted(kept, key=lambda e: e.latency_ms)
 
 
-def hypervolumes(trials: Sequence[Trial], budget_ms: float) -> dict[str, Any]:
-    """Hypervolume (s x dB) after each proxied trial, against (budget, 0 dB): fixed, so studies can be compared."""
+def hypervolumes(trials: Sequence[Trial], budget_ms: float, unit: str = DECIBELS) -> dict[str, Any]:
+    """Hypervolume (s x the score's unit) after each proxied trial, against (budget, what is worth nothing).
+
+    In dB that is 0: fixed, so studies can be compared. Other scores have no such point, and the study's own worst
+    stands for it: their figures are of this study alone.
+    """
+    scored = [t.evaluation for t in trials if t.state == "proxied"]
+    worst = min((float(e.quality or 0.0) for e in scored), default=0.0)
+    floor = QUALITY_FLOOR_DB if unit == DECIBELS else worst
     points: list[list[float]] = []
     values = []
-    for trial in trials:
-        if trial.state != "proxied":
-            continue
-        if trial.evaluation.feasible:
-            points.append([trial.evaluation.latency_ms / 1000, -float(trial.evaluation.quality or 0.0)])
-        reference = np.array([budget_ms / 1000, -QUALITY_FLOOR_DB])
-        values.append(float(pareto.hypervolume(np.array(points).reshape(-1, 2), reference)))
-    return {"reference_point": {"latency_ms": budget_ms, "quality": QUALITY_FLOOR_DB}, "unit": "s·dB", "values": values}
+    for evaluation in scored:
+        if evaluation.feasible:
+            points.append([evaluation.latency_ms / 1000, -float(evaluation.quality or 0.0)])
+        values.append(float(pareto.hypervolume(np.array(points).reshape(-1, 2), np.array([budget_ms / 1000, -floor]))))
+    return {"reference_point": {"latency_ms": budget_ms, "quality": floor}, "unit": f"s·{unit}", "values": values}
 
 
-def recommend(members: Sequence[Evaluation]) -> dict[str, str] | None:
+def recommend(members: Sequence[Evaluation], unit: str = DECIBELS) -> dict[str, str] | None:
     """The fastest front member whose quality cannot be told from the best one's, and why."""
     if not members:
         return None
     best = max(members, key=lambda e: float(e.quality or 0.0))
     # Two seed spreads: proxy gaps below that are ties (reference experiment: gaps under 4 % are not separable).
-    tie = 2.0 * max(float(best.quality_sd or 0.0), 0.05)
+    tie = 2.0 * max(float(best.quality_sd or 0.0), 0.05 if unit == DECIBELS else 0.0)
     chosen = next(e for e in members if float(e.quality or 0.0) >= float(best.quality or 0.0) - tie)
     if chosen.key == best.key:
-        why = f"the best proxy quality on the front, {best.quality:.2f} dB, and no faster point ties with it"
+        why = f"the best proxy quality on the front, {best.quality:.2f} {unit}, and no faster point ties with it"
     else:
         why = (
-            f"the fastest whose quality, {chosen.quality:.2f} dB, is within {tie:.2f} dB (two seed spreads) of the best"
-            f" {best.key} at {best.quality:.2f} dB"
+            f"the fastest whose quality, {chosen.quality:.2f} {unit}, is within {tie:.2f} {unit} (two seed spreads) of"
+            f" the best {best.key} at {best.quality:.2f} {unit}"
         )
     why = f"{why}; {chosen.meets_budget_probability:.0%} likely within the budget"
-    if max(float(e.text_quality or 0.0) for e in members) < TEXT_LEARNT_DB:
+    if all(e.text_quality is None for e in members):
+        why += "; text is not judged by this proxy"
+    elif max(float(e.text_quality or 0.0) for e in members) < TEXT_LEARNT_DB:
         why += "; no candidate learnt to follow captions in its proxy run, so text is not judged here"
     return {"key": chosen.key, "why": why}
 

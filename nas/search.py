@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nas import quality, registry
+from nas import proxies, quality, registry
+from nas.bench import check_device
 from nas.components import check_pipeline
 from nas.device import Budget, find_target
 from nas.errors import UsageError
@@ -45,6 +46,9 @@ class SearchSettings:
     fresh: bool = False
     command: str = "nas search"
     proxy: quality.ProxySettings = quality.ProxySettings()
+    prune: bool = True
+    prune_confidence: float = 0.95
+    train_on: str = "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +68,9 @@ class SearchResult:
             "budget": {key: record["budget"][key] for key in ("text", "ms", "device", "confidence")},
             "trials": record["trials"]["proxied"],
             "infeasible": record["trials"]["infeasible"],
+            "stopped": record["stopping"]["stopped"],
+            "saved_s": record["stopping"]["saved_s"],
+            "proxy": {"name": record["proxy"]["proxy"], "unit": record["proxy"]["unit"]},
             "wall_s": record["wall_s"],
             "report": str(self.folder / "index.html"),
             "recommended": record["recommended"],
@@ -81,6 +88,9 @@ def plan_search(settings: SearchSettings) -> Plan:
     for name, low in (("trials", 1), ("jobs", 1), ("seed", 0)):
         if getattr(settings, name) < low:
             raise UsageError(f"--{name} must be at least {low}, got {getattr(settings, name)}")
+    if not 0.5 <= settings.prune_confidence < 1:
+        raise UsageError(f"--prune-confidence must be from 0.5 to below 1, got {settings.prune_confidence:g}")
+    proxies.proxy(settings.proxy.proxy)
     space = load_space(settings.space)
     if settings.resolution_px is not None:
         space = space.at_resolution(settings.resolution_px)
@@ -104,6 +114,8 @@ def plan_search(settings: SearchSettings) -> Plan:
         trials=settings.trials,
         seed=settings.seed,
         jobs=settings.jobs,
+        prune=settings.prune_confidence if settings.prune else None,
+        device=check_device(settings.train_on),
     )
 
 
@@ -162,7 +174,8 @@ def run_search(settings: SearchSettings, progress: Progress | None = None) -> Se
         plan.evaluator.space,
         plan.teacher,
         plan.proxy,
-        lambda done, total: report("teacher", done, total, "teacher targets"),
+        lambda done, total: report("teacher", done, total, "what all candidates share"),
+        plan.device,
     )
     folder = study_folder(settings, plan)
     with Study(plan, folder, report) as study:
@@ -210,15 +223,15 @@ def _identity(folder: Path) -> Any:
 def write_record(study: Study, settings: SearchSettings) -> SearchResult:
     """The study's files, from its journal alone."""
     plan, evaluator, trials = study.plan, study.plan.evaluator, study.trials()
+    unit = study.unit
     members = front(trials)
-    recommended = recommend(members)
+    recommended = recommend(members, unit)
     chosen = next((m for m in members if recommended and m.key == recommended["key"]), None)
     if recommended and chosen:
         recommended = recommended | {"why": f"{recommended['why']}; {_sum(evaluator, chosen)}"}
     asked = len(study.study.get_trials(deepcopy=False))
-    counts = {
-        state: sum(t.state == state for t in trials) for state in ("proxied", "infeasible", "duplicate", "failed")
-    }
+    states = ("proxied", "stopped", "infeasible", "duplicate", "failed")
+    counts = {state: sum(t.state == state for t in trials) for state in states}
     record = {
         "schema": SCHEMA,
         "name": study.folder.name,
@@ -238,17 +251,18 @@ def write_record(study: Study, settings: SearchSettings) -> SearchResult:
             "sampled": 20_000,
             "reasons": _reasons(trials),
         },
+        "stopping": _stopping(plan, trials),
         "wall_s": round(float(study.attr("wall_s") or 0.0), 1),
         "seed": plan.seed,
         "jobs": plan.jobs,
         "command": settings.command,
         "teacher": plan.teacher,
         "provenance": provenance(seed=plan.seed, identity=plan.identity()),
-        "proxy": {**asdict(plan.proxy), "cannot_see": list(quality.cannot_see(plan.proxy))},
+        "proxy": {**asdict(plan.proxy), "unit": unit, "cannot_see": list(quality.cannot_see(plan.proxy))},
         "predictor": evaluator.predictor.card,
         "warnings": list(evaluator.warnings(members)),
         "references": _reference_rows(evaluator, trials),
-        "hypervolume": hypervolumes(trials, evaluator.terms.budget.ms),
+        "hypervolume": hypervolumes(trials, evaluator.terms.budget.ms, unit),
         "edges": edges(chosen, evaluator.space),
         "recommended": recommended,
         "fidelity": quality.fidelity(plan.proxy, plan.teacher, evaluator.space.name),
@@ -279,9 +293,23 @@ def _plural(counts: dict[str, int]) -> dict[str, int]:
 
 
 def _reasons(trials: list[Trial]) -> dict[str, int]:
-    over = sum(t.state == "infeasible" for t in trials)
+    """What kept candidates from a score, and how often."""
+    causes = [t.cause or "latency bound over the budget" for t in trials if t.state == "infeasible"]
     failed = sum(t.state == "failed" for t in trials)
-    return {"latency bound over the budget": over, **({"proxy run failed": failed} if failed else {})}
+    found = {"latency bound over the budget": 0, **{cause: causes.count(cause) for cause in sorted(set(causes))}}
+    return {**found, **({"proxy run failed": failed} if failed else {})}
+
+
+def _stopping(plan: Plan, trials: list[Trial]) -> dict[str, Any]:
+    """How many runs were stopped early, and what that saved."""
+    stopped = [t for t in trials if t.state == "stopped"]
+    return {
+        "confidence": plan.prune,
+        "stopped": len(stopped),
+        "spent_s": round(sum(float(t.evaluation.seconds or 0.0) for t in stopped), 1),
+        "saved_s": round(sum(t.saved_s for t in stopped), 1),
+        "basis": "estimate: a stopped run's seconds over its share of the steps, less those seconds",
+    }
 
 
 def _budget(evaluator: Evaluator) -> dict[str, Any]:

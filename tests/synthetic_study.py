@@ -313,3 +313,13 @@ def _record(folder, rows, best):
         "finished": True,
         "next": f"nas train {folder.name}#{best['key']}",
     }
+
+
+def edited(study, tmp_path, name, change):
+    """A copy of the study with one file changed."""
+    folder = tmp_path / "study"
+    folder.mkdir()
+    for path in study.iterdir():
+        if path.suffix in (".json", ".csv"):
+            (folder / path.name).write_text(change(path.read_text()) if path.name == name else path.read_text())
+    return folder

@@ -71,7 +71,7 @@ SEARCH = ("search", "--space", "snapgen_unet", "--budget", "1.4s@iphone")
         (["spaces", "show", "snapgen_unt"], "unknown space 'snapgen_unt'; did you mean 'snapgen_unet'?"),
         (["devices", "show", "ipone"], "unknown device 'ipone'; did you mean 'iphone'?"),
         (["search"], "missing option '--space'"),
-        ([*SEARCH, "--trails", "3"], "no such option: --trails (possible options: --trials"),
+        ([*SEARCH, "--trails", "3"], "no such option: --trails (possible options: --"),
         ([*SEARCH, "--trials", "many"], "invalid value for '--trials': input should be a valid integer"),
         (["search", "--space", "snapgen_unt", "--budget", "1.4s@iphone"], "did you mean 'snapgen_unet'?"),
         (["search", "--space", "snapgen_unet", "--budget", "soon@iphone"], "not of the form TIME@DEVICE"),

@@ -10,7 +10,7 @@ from PIL import Image
 from tiny_lesson import candidate, write_teacher
 from tiny_pipelines import stable_diffusion
 
-from nas import quality
+from nas import bench
 from nas.checkpoint import load_diffusers
 from nas.cli import main
 from nas.diffusion import NativeDenoiser
@@ -29,10 +29,10 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's folder with an untrained student of an untrained teacher."""
     folder = tmp_path_factory.mktemp("run")
     name = write_teacher(folder)
-    loaded, _ = quality.embedded_lesson(name, "shapes")
-    settings = quality.ProxySettings(width_divisor=32, norm_groups=2)
-    denoiser = quality.student(quality.small_copy(candidate(), loaded, settings), loaded, 4, 0)
-    about = {"teacher": name, "teacher_digest": quality.teacher_hash(name), "task": "shapes"}
+    loaded, _ = bench.embedded_lesson(name, "shapes")
+    settings = bench.ProxySettings(width_divisor=32, norm_groups=2)
+    denoiser = bench.student(bench.small_copy(candidate(), loaded, settings), loaded, 4, 0)
+    about = {"teacher": name, "teacher_digest": bench.teacher_hash(name), "task": "shapes"}
     save_student(folder / "network.safetensors", denoiser, Sampling(steps=2, guidance=1.5), about)
     few = Sampling(times=(1.0, 0.7, 0.3))
     save_student(folder / "few" / "network.safetensors", denoiser, few, about)

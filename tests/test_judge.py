@@ -18,7 +18,7 @@ from tiny_lesson import candidate, write_teacher
 from torch import Tensor
 from torch.nn import functional
 
-from nas import quality
+from nas import bench
 from nas.batches import stream
 from nas.diffusion import Conditioning
 from nas.errors import NasError, UsageError
@@ -54,7 +54,7 @@ def name(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def pipeline(name: str) -> EmbeddedPipeline:
-    return EmbeddedPipeline(lesson=quality.embedded_lesson(name, "shapes")[1])
+    return EmbeddedPipeline(lesson=bench.embedded_lesson(name, "shapes")[1])
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def real() -> Tensor:
 
 def student(name: str, path: Path = Path("network.safetensors"), **about: Any) -> TrainedStudent:
     """A student that is the teacher itself."""
-    loaded, _ = quality.embedded_lesson(name, "shapes")
+    loaded, _ = bench.embedded_lesson(name, "shapes")
     return TrainedStudent(denoiser=loaded, sampling=FAST, about=about, path=path)  # type: ignore[arg-type]
 
 
@@ -300,10 +300,10 @@ def test_a_comparison_of_nothing_is_refused(name: str, pipeline: EmbeddedPipelin
 
 
 def test_the_pipeline_of_a_student_is_its_teachers(name: str, tmp_path: Path) -> None:
-    loaded, _ = quality.embedded_lesson(name, "shapes")
-    settings = quality.ProxySettings(width_divisor=32, norm_groups=2)
-    denoiser = quality.student(quality.small_copy(candidate(), loaded, settings), loaded, 4, 0)
-    about = {"teacher": name, "teacher_digest": quality.teacher_hash(name), "task": "shapes"}
+    loaded, _ = bench.embedded_lesson(name, "shapes")
+    settings = bench.ProxySettings(width_divisor=32, norm_groups=2)
+    denoiser = bench.student(bench.small_copy(candidate(), loaded, settings), loaded, 4, 0)
+    about = {"teacher": name, "teacher_digest": bench.teacher_hash(name), "task": "shapes"}
     found = load_student(save_student(tmp_path / "network.safetensors", denoiser, FAST, about))
     pipeline = pipeline_of(found, split="all")
     assert isinstance(pipeline, EmbeddedPipeline)

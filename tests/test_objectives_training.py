@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nas import targets
 from nas.batches import WHOLE, Batch, Batches, Outputs, Part
+from nas.bench import embedded_lesson
 from nas.build import build
 from nas.diffusion import Conditioning, FlowDenoiser
 from nas.distill import TrainSettings, predict, train
@@ -21,7 +22,6 @@ from nas.edit import RemoveBlock
 from nas.inherit import inherit
 from nas.network import NetworkSpec
 from nas.objectives import Objective, objective
-from nas.quality import embedded_lesson
 from nas.targets import Fresh, Lesson
 from nas.teachers import EmbeddedTeacher, GaussianTeacher
 from nas.teachers.embedded import network_spec

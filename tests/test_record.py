@@ -70,6 +70,20 @@ def test_an_infeasible_reference_adds_no_hypervolume_but_counts_as_a_trial():
     assert found["values"] == pytest.approx([0.0, 1.0])
 
 
+def test_a_score_of_another_unit_is_measured_against_the_worst_of_its_own():
+    found = hypervolumes(trials(evaluation("a", 500, -2.0), evaluation("b", 250, -3.0)), 1000, "log10")
+    assert found["reference_point"] == {"latency_ms": 1000, "quality": -3.0}
+    assert found["values"] == pytest.approx([0.5 * 1.0, 0.5 * 1.0])
+    assert found["unit"] == "s·log10"
+    assert hypervolumes([], 1000, "log10")["values"] == []
+
+
+def test_a_stopped_trial_is_on_no_front_and_adds_no_hypervolume():
+    found = [*trials(evaluation("a", 500, 2.0)), *trials(evaluation("b", 100, None), state="stopped")]
+    assert [e.key for e in front(found)] == ["a"]
+    assert hypervolumes(found, 1000)["values"] == pytest.approx([1.0])
+
+
 def test_the_recommended_is_the_fastest_that_ties_with_the_best():
     members = [evaluation("low", 100, 1.0), evaluation("tie", 150, 2.95, sd=0.1), evaluation("best", 300, 3.0, sd=0.1)]
     assert recommend(members)["key"] == "tie"
@@ -80,7 +94,9 @@ def test_the_recommended_is_the_fastest_that_ties_with_the_best():
 
 def test_a_recommendation_says_when_no_candidate_learnt_text():
     blind = [evaluation("a", 100, 1.0)]
-    assert "text is not judged" in recommend(blind)["why"]
+    assert recommend(blind)["why"].endswith("; text is not judged by this proxy")
+    assert "no candidate learnt to follow captions" in recommend([replace(blind[0], text_quality=0.5)])["why"]
+    assert "1.00 log10" in recommend(blind, "log10")["why"]
     assert "text" not in recommend([replace(blind[0], text_quality=3.0)])["why"]
 
 

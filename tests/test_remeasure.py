@@ -199,6 +199,8 @@ def test_a_search_can_end_on_the_hardware(capsys, data, scripted, monkeypatch):
         "space": "toy",
         "budget": {"text": "60ms@tiny", "ms": BUDGET_MS, "device": SLUG, "confidence": 0.8},
         "trials": {"proxied": 4, "infeasible": 0},
+        "stopping": {"stopped": 0, "saved_s": 0.0},
+        "proxy": {"proxy": "distill", "unit": "dB"},
         "wall_s": 1.0,
         "recommended": None,
         "next": "nas train one",

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
-from synthetic_study import BUDGET_MS, CALLS, FIXED_MS, SNAPGEN, make_study
+from synthetic_study import BUDGET_MS, CALLS, FIXED_MS, SNAPGEN, edited, make_study
 
 from nas.errors import NasError
 from nas.page import as_json
@@ -285,16 +285,6 @@ def test_a_study_without_a_feasible_point_still_has_a_page(study, tmp_path):
 
 
 # Bad input
-
-
-def edited(study, tmp_path, name, change):
-    """A copy of the study with one file changed."""
-    folder = tmp_path / "study"
-    folder.mkdir()
-    for path in study.iterdir():
-        if path.suffix in (".json", ".csv"):
-            (folder / path.name).write_text(change(path.read_text()) if path.name == name else path.read_text())
-    return folder
 
 
 def dropped(*path):

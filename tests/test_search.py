@@ -8,10 +8,11 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from nas import quality
+from nas import quality, search
 from nas.errors import NasError, UsageError
+from nas.proxies import proxy, settings_of
 from nas.quality import ProxySettings
-from nas.record import candidate_of, read_study
+from nas.record import Trial, candidate_of, read_study
 from nas.report import build_report
 from nas.search import SearchSettings, plan_search, preview, run_search, study_folder
 from tests.toy_space import write_space
@@ -33,6 +34,9 @@ def settings(tmp_path, monkeypatch):
         ({"budget": "1.4@iphone"}, "TIME@DEVICE"),
         ({"trials": 0}, "--trials must be at least 1"),
         ({"jobs": 0}, "--jobs must be at least 1"),
+        ({"prune_confidence": 1.0}, "--prune-confidence must be from 0.5 to below 1, got 1"),
+        ({"prune_confidence": 0.05}, "--prune-confidence must be from 0.5 to below 1, got 0.05"),
+        ({"proxy": replace(TINY, proxy="distil")}, "unknown proxy 'distil'; did you mean 'distill'[?] known: .*params"),
         ({"confidence": 0.2}, "confidence must be between"),
         ({"resolution_px": 100}, "resolution 100 px must be a positive multiple of 16"),
         ({"space": "snapgen_unet", "budget": "300ms@iphone"}, "spent before the first denoiser call"),
@@ -75,6 +79,58 @@ def test_another_pipeline_is_another_study(settings):
     for part in found["parts"]:
         assert part["low_ms"] < part["ms"] < part["high_ms"]
     assert "steps = 8" in found["source"]
+
+
+def test_pruning_and_the_proxy_decide_which_study_it_is(settings):
+    plans = [
+        plan_search(replace(settings, **change))
+        for change in ({}, {"prune": False}, {"prune_confidence": 0.9}, {"proxy": settings_of("params")})
+    ]
+    assert [plan.prune for plan in plans] == [0.95, None, 0.9, 0.95]
+    assert len({json.dumps(plan.identity(), sort_keys=True) for plan in plans}) == 4
+
+
+def test_counts_of_what_was_stopped_and_what_could_not_be_trained(settings):
+    plan = plan_search(settings)
+    priced = plan.evaluator.price([plan.evaluator.space.reference("known")])[0]
+    found = [
+        Trial(number=0, state="stopped", evaluation=replace(priced, seconds=2.0), round=1, saved_s=6.0),
+        Trial(number=1, state="stopped", evaluation=replace(priced, seconds=1.5), round=1, saved_s=0.5),
+        Trial(number=2, state="infeasible", evaluation=priced),
+        Trial(number=3, state="infeasible", evaluation=priced, round=2, cause="out of memory"),
+        Trial(number=4, state="failed", evaluation=priced, round=2),
+    ]
+    stopping = search._stopping(plan, found)
+    assert (stopping["confidence"], stopping["stopped"], stopping["spent_s"], stopping["saved_s"]) == (
+        0.95,
+        2,
+        3.5,
+        6.5,
+    )
+    reasons = {"latency bound over the budget": 1, "out of memory": 1, "proxy run failed": 1}
+    assert search._reasons(found) == reasons
+    assert search._reasons([]) == {"latency bound over the budget": 0}
+
+
+@pytest.mark.slow
+def test_a_search_by_a_proxy_that_trains_nothing(settings):
+    """Another unit, no text part, no curve: from the record to the page."""
+    found = run_search(replace(settings, proxy=settings_of("params", steps=1, batch=2, held_rows=8), trials=3))
+    record = read_study(found.folder)
+    assert record["proxy"]["proxy"] == "params"
+    unit = record["proxy"]["unit"]
+    assert (unit, record["hypervolume"]["unit"]) == (proxy("params").UNIT, f"s·{unit}")
+    assert record["stopping"] | {"basis": ""} == {
+        "confidence": 0.95, "stopped": 0, "spent_s": 0.0, "saved_s": 0.0, "basis": "",
+    }  # fmt: skip
+    assert record["hypervolume"]["values"][-1] > 0
+    assert "text is not judged by this proxy" in record["recommended"]["why"]
+    assert " dB" not in record["recommended"]["why"]
+    page = build_report(found.folder).read_text()
+    body = page[page.index("<body>") :]
+    assert f"quality: score of params ({unit})" in body
+    assert "text part" not in body.split("<h2>The quality proxy")[0].split('id="proxy"')[0]
+    assert found.to_json()["proxy"] == {"name": "params", "unit": unit}
 
 
 def test_a_missing_teacher_file_is_one_sentence(settings):

@@ -3,115 +3,18 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import Executor, Future
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import optuna
 import pytest
 
 from nas import quality, study
-from nas.device import Budget
 from nas.errors import NasError
-from nas.evaluate import Evaluation, Terms
-from nas.space import SearchSpace, load_space
+from nas.space import load_space
 from nas.study import Plan, Study
-
-TOML = """
-family = "unet"
-[input]
-latent_channels = 4
-latent_height = 8
-latent_width = 8
-pixels_per_latent = 8
-text_tokens = 4
-text_width = 8
-[choices]
-width = [1, 2, 3, 4, 5]
-depth = [0, 1, 2, 3]
-kind = ["full", "separable"]
-attention = [false, true]
-[[rules]]
-when = { depth = [0] }
-inactive = ["attention"]
-because = "nothing attends"
-[[rules]]
-when = { width = [5], kind = ["full"] }
-forbid = true
-because = "too wide to be dense"
-[pipeline]
-steps = 4
-guidance = false
-text_encoders = []
-decoder = "taesd"
-source = "a test"
-[[reference]]
-name = "known"
-title = "a published one"
-source = "a test"
-[reference.choices]
-width = 4
-depth = 3
-kind = "full"
-attention = true
-"""
-
-
-@dataclass(frozen=True)
-class FakeEvaluator:
-    """Latency is ten times width plus depth; the budget is 35 ms."""
-
-    space: SearchSpace
-    sheet: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(slug="toy--none--fp32"))
-    predictor: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(to_json=lambda: {"kind": "toy"}))
-    terms: Terms = Terms(budget=Budget(ms=35.0, per_step=True, device="toy"), calls=1, parts=(), confidence=0.8)
-
-    def price(self, candidates, source="search"):
-        rows = []
-        for candidate in candidates:
-            ms = 10.0 * candidate.values["width"] + candidate.values["depth"]
-            rows.append(
-                Evaluation(
-                    key=candidate.key,
-                    choices=candidate.choices,
-                    params=int(ms),
-                    macs=int(ms),
-                    weight_bytes=4,
-                    peak_activation_bytes=4,
-                    step_ms=ms,
-                    latency_ms=ms,
-                    latency_low_ms=ms - 1,
-                    latency_high_ms=ms + 1,
-                    meets_budget_probability=1.0 if ms + 1 <= 35 else 0.1,
-                    feasible=ms + 1 <= 35,
-                    reason="" if ms + 1 <= 35 else "over",
-                    source=source,
-                )
-            )
-        return rows
-
-
-class Inline(Executor):
-    """Runs a toy proxy in the calling thread and remembers what it was asked for."""
-
-    def __init__(self):
-        self.asked = []
-
-    def submit(self, fn, candidate, teacher, settings):
-        self.asked.append(candidate.key)
-        future = Future()
-        if candidate.values["depth"] == 3 and candidate.values["width"] == 1:
-            future.set_exception(NasError("the student diverged"))
-        else:
-            value = candidate.values["width"] ** 0.5 + 0.1 * candidate.values["depth"]
-            future.set_result(quality_of(value + (0.3 if candidate.values["kind"] == "full" else 0.0)))
-        return future
-
-
-def quality_of(value):
-    return SimpleNamespace(quality_db=value, quality_sd=0.01, text_db=0.0, text_sd=0.0, seconds=0.5)
+from tests.study_cases import TOML, FakeEvaluator, Inline, run, toy_score
 
 
 @pytest.fixture
@@ -119,6 +22,7 @@ def plan(tmp_path, monkeypatch):
     path = tmp_path / "toy.toml"
     path.write_text(TOML)
     monkeypatch.setattr(quality, "teacher_hash", lambda teacher: "teacher")
+    monkeypatch.setattr(quality, "score", toy_score)
     return Plan(
         evaluator=FakeEvaluator(load_space(path)),
         teacher="embedded",
@@ -126,25 +30,19 @@ def plan(tmp_path, monkeypatch):
         trials=10,
         seed=3,
         jobs=2,
+        prune=0.95,
     )
 
 
-def run(plan, folder):
-    folder.mkdir(exist_ok=True)
-    executor = Inline()
-    with Study(plan, folder, executor=executor) as opened:
-        opened.run()
-        return opened.trials(), executor.asked
-
-
 def comparable(trials):
-    return [(t.number, t.state, t.evaluation) for t in trials]
+    return [(t.number, t.state, t.evaluation, t.curve, t.saved_s) for t in trials]
 
 
 def test_runs_as_many_proxies_as_asked_and_the_reference_first(plan, tmp_path):
     trials, asked = run(plan, tmp_path / "a")
     states = [t.state for t in trials]
-    assert states.count("proxied") + states.count("failed") == 10 == len(asked)
+    assert sum(t.round is not None for t in trials) == 10 == len(asked)
+    assert states.count("proxied") > 5
     assert trials[0].evaluation.source == "reference:known"
     assert len(set(asked)) == len(asked)
 
@@ -190,7 +88,9 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("moment", ["before", "after", "torn"])
 def test_killed_at_any_journal_write_and_resumed_ends_with_the_same_trials(plan, tmp_path, monkeypatch, moment):
+    plan = replace(plan, seed=9, trials=12)
     whole, _ = run(plan, tmp_path / "peace")
+    assert "stopped" in [t.state for t in whole]
     append = optuna.storages.journal.JournalFileBackend.append_logs
     calls = {"n": 0, "die_at": 10**9}
 
@@ -209,8 +109,8 @@ def test_killed_at_any_journal_write_and_resumed_ends_with_the_same_trials(plan,
     calls["n"] = 0
     run(plan, tmp_path / "count")
     total = calls["n"]
-    assert total > 50
-    for index, die_at in enumerate(range(1, total, 7)):
+    assert total > 60
+    for index, die_at in enumerate(range(1, total, total // 8)):
         folder = tmp_path / f"killed{index}"
         folder.mkdir()
         calls.update(n=0, die_at=die_at)
@@ -272,17 +172,6 @@ def test_two_searches_cannot_share_a_folder(plan, tmp_path):
         Study(plan, tmp_path / "a", executor=Inline()).__enter__()
     with Study(plan, tmp_path / "a", executor=Inline()):
         pass
-
-
-def test_a_diverged_proxy_is_a_failed_trial_with_its_reason(plan, tmp_path):
-    space = plan.evaluator.space
-    path = tmp_path / "toy.toml"
-    path.write_text(TOML.replace("width = 4\ndepth = 3", "width = 1\ndepth = 3"))
-    failing = replace(plan, evaluator=FakeEvaluator(load_space(path)), trials=2)
-    trials, _ = run(failing, tmp_path / "a")
-    assert space.name == "toy"
-    assert trials[0].state == "failed"
-    assert trials[0].evaluation.reason == "the student diverged"
 
 
 def test_the_identity_survives_json(plan):

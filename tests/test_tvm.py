@@ -79,6 +79,30 @@ def told(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == "nas.tvm"]
 
 
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, str, list[str]]:
+    """What tuning gave: the loaded network, the records' text and what was said meanwhile."""
+    said: list[str] = []
+
+    class Heard(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    records_path, logger = tmp_path_factory.mktemp("tuned") / "cpu.records.jsonl", logging.getLogger("nas.tvm")
+    handler, level = Heard(), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        torch.manual_seed(0)
+        made = Small().eval()
+        torch.manual_seed(1)
+        loaded = backend.load(made, {"x": torch.randn(1, 8)}, TUNED, tuning(records_path))
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    return loaded, records_path.read_text(), said
+
+
 def test_kernels_without_records_are_refused_with_the_next_step(
     module: nn.Module, inputs: dict[str, Tensor], path: Path
 ) -> None:
@@ -88,14 +112,13 @@ def test_kernels_without_records_are_refused_with_the_next_step(
 
 
 def test_tuned_once_shared_and_really_used(
-    module: nn.Module, inputs: dict[str, Tensor], path: Path, caplog: pytest.LogCaptureFixture
+    module: nn.Module, inputs: dict[str, Tensor], path: Path, tuned: tuple[Any, str, list[str]]
 ) -> None:
-    with caplog.at_level(logging.INFO, logger="nas.tvm"):
-        loaded = backend.load(module, inputs, TUNED, tuning(path))
+    loaded, written, said = tuned
+    path.write_text(written)
     np.testing.assert_allclose(loaded(), expected(module, inputs), atol=1e-6)
     assert loaded.describe()["tuning"] == "tuned (2 of 2 kernels have records)"
-    assert [message.partition(":")[0] for message in told(caplog)] == ["kernel 1 of 2", "kernel 2 of 2"]
-    written = path.read_text()
+    assert [message.partition(":")[0] for message in said] == ["kernel 1 of 2", "kernel 2 of 2"]
     other = Small().eval()  # the same kernels with other weights
     again = backend.load(other, inputs, TUNED, {"records": str(path)})
     np.testing.assert_allclose(again(), expected(other, inputs), atol=1e-6)
@@ -109,14 +132,17 @@ def test_tuned_once_shared_and_really_used(
 
 
 def test_only_what_lacks_a_record_is_tuned(
-    module: nn.Module, inputs: dict[str, Tensor], path: Path, caplog: pytest.LogCaptureFixture
+    module: nn.Module,
+    inputs: dict[str, Tensor],
+    path: Path,
+    caplog: pytest.LogCaptureFixture,
+    tuned: tuple[Any, str, list[str]],
 ) -> None:
     machine = identity(make_target(None, 1))
-    backend.load(module, inputs, TUNED, tuning(path))
+    path.write_text(tuned[1])
     found = records.read(path, machine)
     kept = sorted(found)[0]
     records.write(path, {kept: found[kept]}, machine)
-    caplog.clear()
     with caplog.at_level(logging.INFO, logger="nas.tvm"):
         backend.load(module, inputs, TUNED, tuning(path))
     assert [message.partition(":")[0] for message in told(caplog)] == ["kernel 1 of 1"]

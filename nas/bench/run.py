@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
+from nas.batches import WHOLE, Batch, Batches, Part
 from nas.bench.held import Fidelity
 from nas.bench.small import learning_rate
 from nas.build import Network
 from nas.diffusion import FlowDenoiser
-from nas.distill import Progress, train
+from nas.distill import Progress, TrainSettings, train
 from nas.errors import NasError
 from nas.features import body
 
@@ -72,7 +78,7 @@ def distilled(
 
     Raises:
         Stopped: `stop` gave a reason.
-        NasError: training diverged: not finite, or no better than a network that adds nothing.
+        NasError: training diverged: not finite, or the student is worse than nothing and than it was untrained.
     """
     settings = bench.settings
     if settings.steps == 0:
@@ -83,6 +89,8 @@ def distilled(
     schedule = settings.schedule(learning_rate(network.spec, settings))
     looks = sorted({max(1, round(share * settings.steps)) for share in _LOOKS}) if stop is not None else []
     points: list[Point] = []
+    # Kept off the device, where a network of full size has no room for a second copy.
+    untrained = {name: each.detach().to("cpu", copy=True) for name, each in fresh.state_dict().items()}
 
     def watch(step: int, average: FlowDenoiser, history: Sequence[Progress]) -> None:
         points.append(_point(bench, average, history, judged=step in judged_at))
@@ -90,23 +98,86 @@ def distilled(
         if reason is not None:
             raise Stopped(reason, tuple(points))
 
-    trained = train(
-        fresh,
-        bench.data,
-        settings.objectives,
-        schedule,
-        report_every=settings.steps,
-        watch=watch,
-        watch_at={*looks, *judged_at, settings.steps},
-    ).average
+    with _fitting(fresh, bench, schedule):
+        trained = train(
+            fresh,
+            bench.data,
+            settings.objectives,
+            schedule,
+            teacher=bench.asked,
+            report_every=settings.steps,
+            watch=watch,
+            watch_at={*looks, *judged_at, settings.steps},
+        ).average
     found = bench.judge(trained)
-    if not found.quality_db > 0:
+    # Put so that what is not a number counts as worse.
+    if not found.quality_db >= 0 and not found.quality_db > (start := _untrained(bench, fresh, untrained)).quality_db:
         raise NasError(
-            f"training diverged: after {settings.steps} steps the student is no better than an untrained one"
-            f" ({found.quality_db:.2f} dB)",
+            f"training diverged: after {settings.steps} steps the student is no better than before the first"
+            f" ({found.quality_db:.2f} dB, then {start.quality_db:.2f} dB)",
             hint="a lower learning rate in the proxy's settings",
         )
     return trained, found, tuple(points)
+
+
+def _untrained(bench: Bench, fresh: FlowDenoiser, weights: dict[str, Tensor]) -> Fidelity:
+    """The student as it was."""
+    fresh.load_state_dict(weights)
+    return bench.judge(fresh.eval())
+
+
+@contextmanager
+def _fitting(fresh: FlowDenoiser, bench: Bench, schedule: TrainSettings) -> Iterator[None]:
+    """Says of a run that was out of memory which batch would fit, by trying halves of it.
+
+    Raises:
+        NasError: in place of the allocator's error.
+    """
+    try:
+        yield
+        return
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # they keep the failed step's tensors alive
+    fresh.zero_grad(set_to_none=True)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    size = schedule.batch // 2
+    while size and not _fits(fresh, bench, replace(schedule, steps=1, batch=size)):
+        size //= 2
+    raise NasError(
+        f"out of memory on {bench.device} with a batch of {schedule.batch}; "
+        + (f"a batch of {size} fits" if size else "not even a batch of 1 fits"),
+        hint=f"batch = {size} in the proxy's settings, or fewer workers" if size else "a device with more memory",
+    )
+
+
+def _fits(fresh: FlowDenoiser, bench: Bench, schedule: TrainSettings) -> bool:
+    try:
+        train(fresh, _Fewer(bench.data, schedule.batch), bench.settings.objectives, schedule, teacher=bench.asked)
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return False
+    return True
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator failed: torch's own class on a GPU, plain words on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+@dataclass(frozen=True)
+class _Fewer:
+    """`Batches` of the first rows of each batch."""
+
+    inner: Batches
+    size: int
+
+    def batch(self, step: int, part: Part = WHOLE) -> Batch:
+        """Some of that step's rows."""
+        return self.inner.batch(step).rows(slice(0, self.size)).rows(part.rows(self.size))
 
 
 def _point(bench: Bench, average: FlowDenoiser, history: Sequence[Progress], *, judged: bool) -> Point:

@@ -51,9 +51,9 @@ class ProxySettings:
     width_divisor: int = 16
     norm_groups: int = 4
     patch: int = 4
-    steps: int = 24
+    steps: int = 12
     batch: int = 16
-    lr: float = 3e-3
+    lr: float = 6e-3
     lr_rule: LrRule = "fixed"
     null_every: int = 4
     text_weight: float = 2.0

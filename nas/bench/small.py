@@ -31,13 +31,13 @@ def teacher_hash(teacher: str) -> str:
     return teachers.teacher_digest(teacher)
 
 
-def embedded_lesson(teacher: str, task: str) -> tuple[teachers.EmbeddedTeacher, Lesson]:
+def embedded_lesson(teacher: str, task: str, device: str = "cpu") -> tuple[teachers.EmbeddedTeacher, Lesson]:
     """A teacher of drawn images, and the pairing with what is drawn.
 
     Raises:
         NasError: no such teacher, or one that brings no text encoder and preconditioner of its own.
     """
-    loaded = _load_teacher(teacher)
+    loaded = _load_teacher(teacher, device)
     if not isinstance(loaded, teachers.EmbeddedTeacher):
         raise NasError(
             f"teacher {teacher!r} cannot teach the task {task}: it has no text encoder for its captions",
@@ -47,8 +47,8 @@ def embedded_lesson(teacher: str, task: str) -> tuple[teachers.EmbeddedTeacher, 
 
 
 @functools.cache
-def _load_teacher(teacher: str) -> Any:
-    return teachers.load_teacher(teacher)
+def _load_teacher(teacher: str, device: str) -> Any:
+    return teachers.load_teacher(teacher, device=device)
 
 
 def small_copy(candidate: Candidate, teacher: teachers.EmbeddedTeacher, settings: ProxySettings) -> NetworkSpec:

@@ -13,7 +13,7 @@ import typer
 from typer.exceptions import TyperException
 
 from nas import __version__
-from nas.cli import browse, cache, cost, export, inherit, profiles, sampling, search, training
+from nas.cli import browse, cache, cost, export, fidelity, inherit, profiles, sampling, search, training
 from nas.cli.console import StoppedError, note, show_log
 from nas.errors import NasError
 
@@ -47,6 +47,7 @@ app.add_typer(browse.devices, name="devices")
 for verb in (
     search.search,
     search.report,
+    fidelity.fidelity,
     profiles.profile,
     cost.measure,
     inherit.inherit,
@@ -73,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = [argument for argument in given if argument != "--debug"]
     said = False
     show_log("nas.tvm")
+    show_log("nas.targets")
     try:
         code = app(args=given, prog_name="nas", standalone_mode=False)
         sys.stdout.flush()

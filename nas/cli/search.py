@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nas.cli.console import Progress, closing, command_line, duration, note, result, result_json, resumable, table
+from nas.cli.console import Progress, cell, closing, command_line, duration, note, result, result_json, resumable, table
 from nas.cli.names import Decoder, Guidance, Steps, TextEncoders, name_list
 from nas.paths import find_study
 
@@ -30,6 +30,18 @@ def search(
     decoder: Decoder = None,
     text_encoders: TextEncoders = None,
     teacher: Annotated[str, typer.Option(help="'embedded', a diffusers folder, or a hub id.")] = "embedded",
+    proxy: Annotated[
+        str | None, typer.Option(help="What scores candidates (nas/proxies/); default: the tested one.")
+    ] = None,
+    prune: Annotated[
+        bool, typer.Option("--prune/--no-prune", help="End proxy runs that cannot reach the front at their latency.")
+    ] = True,
+    prune_confidence: Annotated[float, typer.Option(help="How sure of that it must be.")] = 0.95,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="A folder that nas cache wrote: candidates are then tried at full size on its latents."),
+    ] = None,
+    train_on: Annotated[str, typer.Option(help="Where candidates are trained: cpu, cuda or cuda:N.")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="Study folder (default reports/DATE-SPACE-DEVICE).")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming the same search.")] = False,
     dry_run: Annotated[
@@ -42,8 +54,11 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Search a space within a latency budget. Writes a study and its page; the same command resumes a search."""
+    from nas.proxies import settings_of
+    from nas.quality import ProxySettings, on_latents
     from nas.search import SearchSettings, plan_search, preview, run_search
 
+    chosen = ProxySettings() if proxy is None else settings_of(proxy)
     settings = SearchSettings(
         space=space,
         budget=budget,
@@ -57,6 +72,10 @@ def search(
         decoder=decoder,
         text_encoders=name_list(text_encoders),
         teacher=teacher,
+        proxy=on_latents(chosen, data, train_on) if data is not None else chosen,
+        prune=prune,
+        prune_confidence=prune_confidence,
+        train_on=train_on,
         out=out,
         fresh=fresh,
         command=command_line(),
@@ -157,11 +176,15 @@ def _print_search(found: SearchResult) -> None:
         note(warning)
     share, confidence = record["infeasible"]["share_of_space"], record["budget"]["confidence"]
     result(
-        f"{trials['proxied']} candidates distilled in {duration(record['wall_s'])}; of the other proposals"
-        f" {trials['infeasible']} were over the budget, {trials['forbidden']} against a rule,"
-        f" {trials['duplicates']} known, {trials['failed']} failed;"
+        f"{trials['proxied']} candidates scored in {duration(record['wall_s'])}; of the other proposals"
+        f" {trials['infeasible']} were infeasible{_reasons(record['infeasible']['reasons'])},"
+        f" {trials['forbidden']} against a rule, {trials['duplicates']} known, {trials['failed']} failed;"
         f" {share:.0%} of the space is over the budget at confidence {confidence:g}"
     )
+    stopping = record["stopping"]
+    if stopping["stopped"]:
+        result(f"{stopping['stopped']} stopped early, {duration(stopping['saved_s'])} of proxy time saved (estimate)")
+    unit = record["proxy"]["unit"]
     chosen = recommended["key"] if recommended else None
     rows = [
         (
@@ -169,20 +192,44 @@ def _print_search(found: SearchResult) -> None:
             f"{member.latency_ms:.0f}",
             f"{member.latency_low_ms:.0f}-{member.latency_high_ms:.0f}",
             f"{member.meets_budget_probability:.0%}",
-            f"{member.quality:.2f}",
-            f"{member.quality_sd or 0.0:.2f}",
+            _score(member.quality, unit),
+            _score(member.quality_sd or 0.0, unit),
             f"{member.params / 1e6:.0f}",
             f"{member.macs / 1e9:.0f}",
         )
         for member in found.front
     ]
-    result(table(("candidate", "ms", "interval", "within", "quality dB", "sd", "M params", "G MACs"), rows))
+    result(table(("candidate", "ms", "interval", "within", f"quality {unit}", "sd", "M params", "G MACs"), rows))
     if not record["budget"]["per_step"]:
         _print_parts(record["pipeline"])
     for row in record["references"]:
-        fidelity = "not distilled" if row["quality"] is None else f"{row['quality']:.2f} dB"
+        fidelity = "not scored" if row["quality"] is None else f"{_score(row['quality'], unit)} {unit}"
         result(f"reference {row['name']}: {row['latency_ms']:.0f} ms, {fidelity}, {row['params'] / 1e6:.0f} M params")
     if recommended:
         result(f"* recommended: {recommended['why']}")
     else:
-        result("no candidate within the budget was distilled")
+        result("no candidate within the budget was scored")
+    result(_tested(record))
+
+
+def _reasons(counts: dict[str, int]) -> str:
+    """Why candidates are infeasible, where it is not the budget alone."""
+    found = [f"{count} {cause}" for cause, count in counts.items() if count and cause != "proxy run failed"]
+    return f" ({', '.join(found)})" if len(found) > 1 or (found and not counts["latency bound over the budget"]) else ""
+
+
+def _score(value: float | None, unit: str) -> str:
+    """Two decimals of dB, because a proxy's gaps are of that size; four digits of anything else."""
+    return cell(None if value is None else f"{value:.2f}" if unit == "dB" else value)
+
+
+def _tested(record: dict[str, Any]) -> str:
+    """How well this proxy ranks, from its card, or that nobody knows."""
+    name, space, card = record["proxy"]["proxy"], record["space"], record["fidelity"]
+    teacher = "" if record["teacher"] == "embedded" else f" --teacher {record['teacher']}"
+    again = f"nas fidelity --space {record['space_path'] or space}{teacher}"
+    if card is None:
+        return f"proxy {name}: never tested on {space} with this teacher, so nobody knows how well it ranks; {again}"
+    if card["space"] != space:
+        return f"proxy {name}: tested on {card['space']} but never on {space} ({again}): {card['note']}"
+    return f"proxy {name}: {card['note']}"

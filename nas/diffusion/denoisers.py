@@ -120,9 +120,16 @@ class FlowDenoiser(nn.Module):
         """The flow eps - x0 [B, C, H, W] at x [B, C, H, W], t [B] in [0, 1]."""
         folded = functional.pixel_unshuffle(self.preconditioner.network_input(x, t), self.patch)
         if text.layout is not None:
-            folded, text = folded + text.layout, replace(text, layout=None)
+            folded, text = folded + self._refolded(text.layout, x), replace(text, layout=None)
         predicted = functional.pixel_shuffle(called(self.network, folded, TIMESTEPS * t, text), self.patch)
         return self.preconditioner.skip(x, t) + self.preconditioner.output_scale(x, t) * predicted
+
+    def _refolded(self, layout: Tensor, x: Tensor) -> Tensor:
+        """A layout [B, C q^2, H / q, W / q] of whoever folds by q, as this network folds."""
+        theirs = x.shape[-1] // layout.shape[-1]
+        if theirs == self.patch:
+            return layout
+        return functional.pixel_unshuffle(functional.pixel_shuffle(layout, theirs), self.patch)
 
     def denoise(self, x: Tensor, t: Tensor, text: Conditioning) -> Tensor:
         """The clean image x0 = x - t v [B, C, H, W]."""

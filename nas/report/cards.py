@@ -7,7 +7,7 @@ from typing import Any
 
 from nas import page
 from nas.page import Cell, escape
-from nas.page.numbers import duration, known, label, percent, plain, scaled
+from nas.page.numbers import UNKNOWN, duration, known, label, percent, plain, scaled
 from nas.report import data
 from nas.report.files import StudyFiles
 
@@ -115,21 +115,80 @@ def proxy(files: StudyFiles) -> str:
     )
     if blind:
         body += page.paragraph("<b>What it cannot see</b>") + page.bullets(blind)
-    body += _fidelity(files.record.get("fidelity"))
+    body += _fidelity(files.record.get("fidelity"), str(files.record["space"]))
     return body + "<h3>Its settings</h3>" + page.facts((label(k), plain(v)) for k, v in _flat(settings))
 
 
-def _fidelity(card: Any) -> str:
+def _fidelity(card: Any, space: str) -> str:
     """How well the proxy ranks against longer training; said plainly when nobody has measured that."""
     heading = "<h3>Does it rank as longer training would?</h3>"
     if not isinstance(card, dict) or not card:
         return heading + page.paragraph(
-            "Not measured for these settings, so small differences should not be believed.", "warning"
+            "Not measured for these settings and this teacher, so small differences should not be believed;"
+            " <code>nas fidelity</code> measures it.",
+            "warning",
         )
+    if "verdict" not in card:
+        return heading + _any_card(card)
+    body = heading + page.paragraph(f"<b>{escape(card['verdict'].capitalize())}.</b> {escape(card['note'])}")
+    body += page.paragraph(escape(card["text_note"]))
+    if card["space"] != space:
+        body += page.paragraph(
+            f"That was measured on the space {escape(card['space'])}; on this one nobody has measured it.", "warning"
+        )
+    band = f"tau, latencies within {percent(card['band'])}"
+    header = ["what ranks the candidates", band, "tau, all pairs", "Spearman", "lost by trusting its best five (dB)"]
+    for name, field in (("Quality after long training", "agreement"), ("Text after long training", "text_agreement")):
+        rows = [
+            [
+                row["predictor"],
+                _with_interval(row, "within_band"),
+                _with_interval(row, "kendall"),
+                _with_interval(row, "spearman"),
+                Cell(text=_two_decimals(row["top5_regret"]), sort=row["top5_regret"]),
+            ]
+            for row in card[field]
+        ]
+        body += page.paragraph(f"{name}, Kendall tau with {percent(card['confidence'])} intervals", "note")
+        body += page.table(header, rows)
+    return body + page.facts(_fidelity_facts(card))
+
+
+def _fidelity_facts(card: Mapping[str, Any]) -> list[tuple[str, object]]:
+    found, plateau = card["reliability"], card.get("plateau") or {}
+    facts: list[tuple[str, object]] = [
+        ("candidates trained long", plain(card["candidates"])),
+        ("steps of a long run", plain(card["long_steps"])),
+        ("candidates without a score", plain(card["not_scored"])),
+        ("seconds of one thread per candidate", plain(card["seconds_per_candidate"])),
+        ("spread between candidates (dB)", plain(found["between_candidates_sd"])),
+        ("spread between seeds of one (dB)", plain(found["seed_sd"])),
+        ("pairs that are ties of the seeds", percent(found["tied_pairs"])),
+        ("highest tau that leaves", plain(found["highest_kendall"])),
+        ("highest within the latency band", plain(found["highest_within_band"])),
+    ]
+    if plateau.get("second_half_gain_db") is not None:
+        facts.append(("gained in the long runs' second half (dB)", plain(plateau["second_half_gain_db"])))
+    return facts
+
+
+def _with_interval(row: Mapping[str, Any], name: str) -> Cell:
+    """A figure with its interval, sorted by the figure."""
+    value, low, high = (row[f"{name}{end}"] for end in ("", "_low", "_high"))
+    bounds = f" ({_two_decimals(low)} to {_two_decimals(high)})" if known(low) else ""
+    return Cell(text=f"{_two_decimals(value)}{bounds}", sort=value if known(value) else -2.0)
+
+
+def _two_decimals(value: float | None) -> str:
+    return f"{value:.2f}".replace("-", "−") if value is not None else UNKNOWN
+
+
+def _any_card(card: Mapping[str, Any]) -> str:
+    """A card of an earlier version: whatever it holds."""
     tables = [(k, v) for k, v in card.items() if isinstance(v, list) and v and all(isinstance(row, dict) for row in v)]
     texts = [v for k, v in card.items() if isinstance(v, str) and len(v) > 40]
     rest = {k: v for k, v in card.items() if (k, v) not in tables and v not in texts}
-    body = heading + "".join(page.paragraph(escape(text)) for text in texts)
+    body = "".join(page.paragraph(escape(text)) for text in texts)
     body += page.facts((label(k.replace(".", ", ")), plain(v)) for k, v in _flat(rest))
     for name, rows in tables:
         header = list(rows[0])

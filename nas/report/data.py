@@ -13,6 +13,8 @@ from nas.report.files import StudyFiles
 
 # How a trial stands to the budget and to the other trials.
 FRONT, DOMINATED, OVER, UNPROXIED = "front", "dominated", "over budget", "not proxied"
+STOPPED, UNTRAINABLE = "stopped early", "not trainable"
+UNSCORED = (UNPROXIED, STOPPED, UNTRAINABLE)
 _NUMBERED = re.compile(r"^(.*)_(\d+)$")
 
 
@@ -44,19 +46,22 @@ def choices_of(row: Mapping[str, Any]) -> dict[str, str]:
 def points(files: StudyFiles) -> pd.DataFrame:
     """Every distinct candidate once, with how it stands.
 
-    `standing` is front, dominated, over budget (proxied all the same: a reference), or not proxied (over budget by
-    prediction, so no quality was bought). Failed trials have no point.
+    `standing` is front, dominated, over budget (proxied all the same: a reference), not proxied (over budget by
+    prediction, so no quality was bought), stopped early (it could not reach the front any more), or not trainable
+    (within the budget, but training diverged or ran out of memory). Failed trials have no point.
 
     Returns:
         The columns of trials.csv and `standing`, in the order of the trials.
     """
-    frame = files.trials[files.trials["state"].isin(["proxied", "infeasible"])]
+    frame = files.trials[files.trials["state"].isin(["proxied", "stopped", "infeasible"])]
     frame = frame.drop_duplicates("key", keep="first").reset_index(drop=True)
     on_front = frame["key"].isin(set(files.front["key"]))
     feasible = frame["feasible"].astype(str).str.lower() == "true"
+    fits = frame["latency_high_ms"] <= float(files.record["budget"]["ms"])
+    unscored = (frame["state"] != "proxied") | frame["quality"].isna()
     standing = np.select(
-        [on_front, (frame["state"] != "proxied") | frame["quality"].isna(), ~feasible],
-        [FRONT, UNPROXIED, OVER],
+        [on_front, frame["state"] == "stopped", (frame["state"] == "infeasible") & fits, unscored, ~feasible],
+        [FRONT, STOPPED, UNTRAINABLE, UNPROXIED, OVER],
         default=DOMINATED,
     )
     return frame.assign(standing=standing)
@@ -171,7 +176,7 @@ def choice_lines(files: StudyFiles) -> pd.DataFrame:
 
 def _proxied(files: StudyFiles) -> pd.DataFrame:
     frame = points(files)
-    return frame[frame["standing"] != UNPROXIED].reset_index(drop=True)
+    return frame[~frame["standing"].isin(UNSCORED)].reset_index(drop=True)
 
 
 def _axis(frame: pd.DataFrame, name: str, values: pd.Series, position: pd.Series) -> pd.DataFrame:
@@ -194,7 +199,7 @@ def hypervolume_curve(files: StudyFiles) -> pd.DataFrame:
 
 
 def reference_point(files: StudyFiles) -> tuple[float, float]:
-    """The hypervolume's fixed corner: milliseconds and dB."""
+    """The hypervolume's corner: milliseconds, and the score's unit."""
     found = files.record["hypervolume"].get("reference_point")
     if isinstance(found, Mapping):
         return float(found["latency_ms"]), float(found["quality"])

@@ -124,7 +124,8 @@ def choices(files: StudyFiles) -> Figure:
                 "opacity": 1.0 if key == files.recommended else 0.35 + 0.5 * (i + 1) / len(front_keys),
                 "ids": [key] * len(line),
                 "text": [
-                    f"<b>{key}</b><br>{_axis_name(a)} {v}" for a, v in zip(line["axis"], line["value"], strict=True)
+                    f"<b>{key}</b><br>{_axis_name(a, files.unit)} {v}"
+                    for a, v in zip(line["axis"], line["value"], strict=True)
                 ],
                 "hovertemplate": "%{text}<extra></extra>",
             }
@@ -144,7 +145,7 @@ def choices(files: StudyFiles) -> Figure:
             xaxis={"visible": False, "range": [-0.1, 1.1], "fixedrange": True},
             yaxis=axis(
                 tickvals=list(depth.values()),
-                ticktext=[_axis_name(a) for a in axes],
+                ticktext=[_axis_name(a, files.unit) for a in axes],
                 range=[len(axes) - 0.4, -0.7],
                 fixedrange=True,
                 gridcolor="@line",
@@ -174,8 +175,8 @@ def _bundle(lines: pd.DataFrame, depth: Mapping[str, int]) -> dict[str, Any]:
     }
 
 
-def _axis_name(name: str) -> str:
-    return {"latency_ms": "latency (ms)", "quality": "quality (dB)"}.get(name, name.replace("_", " "))
+def _axis_name(name: str, unit: str) -> str:
+    return {"latency_ms": "latency (ms)", "quality": f"quality ({unit})"}.get(name, name.replace("_", " "))
 
 
 def _axis_values(lines: pd.DataFrame, depth: Mapping[str, int]) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ import pandas as pd
 from nas.errors import NasError
 
 _SCHEMA = 1
+DECIBELS = "dB"
 _AGAIN = "run the search again: it resumes and writes its files anew"
 # Each field of study.json that the page cannot do without, and its type.
 _FIELDS: dict[str, type | tuple[type, ...]] = {
@@ -93,6 +94,16 @@ class StudyFiles:
     def recommended(self) -> str:
         """The recommended candidate's key, "" when there is none."""
         return str((self.record.get("recommended") or {}).get("key", ""))
+
+    @property
+    def unit(self) -> str:
+        """Of the proxy's score; studies of 0.1 had dB only."""
+        return str(self.record["proxy"].get("unit", DECIBELS))
+
+    @property
+    def judges_text(self) -> bool:
+        """Whether the proxy says how far captions are followed."""
+        return bool(self.trials["text_quality"].notna().any())
 
     @property
     def choices(self) -> list[str]:

@@ -9,21 +9,31 @@ from typing import Any
 import pandas as pd
 
 from nas.page import Figure, escape
-from nas.page.numbers import decibels, exact, known, milliseconds, percent, scaled
+from nas.page.numbers import decibels, exact, known, milliseconds, percent, scaled, significant
 from nas.page.plots import axis, layout
 from nas.report import data
-from nas.report.files import StudyFiles
+from nas.report.files import DECIBELS, StudyFiles
 
 
-def hover(row: Mapping[str, Any], name: str = "") -> str:
-    """A point in words: figures, then the whole configuration."""
+def scored(value: float | None, spread: float | None, unit: str) -> str:
+    """A score with its unit; of dB two decimals."""
+    if unit == DECIBELS:
+        return f"{decibels(value, spread)} {unit}"
+    around = f" ± {significant(spread)}" if known(spread) and spread else ""
+    return f"{significant(value, 4)}{around} {unit}"
+
+
+def hover(row: Mapping[str, Any], name: str = "", unit: str = DECIBELS) -> str:
+    """A point in words: figures, then the whole configuration; why there is no score, where that is so."""
     lines = [f"<b>{escape(name or row['key'])}</b>" + (f" {escape(row['key'])}" if name else "")]
     lines.append(
         f"{milliseconds(row['latency_ms'])}"
         f" [{milliseconds(row['latency_low_ms'])}, {milliseconds(row['latency_high_ms'])}]"
     )
     if known(row.get("quality")):
-        lines.append(f"quality {decibels(row['quality'], row.get('quality_sd'))} dB")
+        lines.append(f"quality {scored(row['quality'], row.get('quality_sd'), unit)}")
+    elif row.get("reason"):
+        lines.append(escape(str(row["reason"])))
     lines.append(f"within the budget: {percent(row['meets_budget_probability'])}")
     if known(row.get("published_ms")):
         lines.append(
@@ -53,7 +63,7 @@ def front(files: StudyFiles) -> Figure:
         "layout": layout(
             500,
             xaxis=axis(f"predicted latency of one {what} (ms)", range=[low, high], anchor="y2"),
-            yaxis=axis("quality: fidelity to the teacher (dB)", domain=[0.12, 1.0]),
+            yaxis=axis(_quality_axis(files), domain=[0.12, 1.0]),
             yaxis2={"domain": [0.0, 0.07], "range": [-1, 1], "visible": False, "fixedrange": True},
             shapes=_budget_shapes(budget, high),
             annotations=[_budget_note(budget)],
@@ -62,10 +72,15 @@ def front(files: StudyFiles) -> Figure:
             meta={
                 "legend": legend[::-1],
                 "ring": len(layers) - 1,
-                "narrow": {"yaxis.title.text": "quality (dB)", "margin.l": 48},
+                "narrow": {"yaxis.title.text": f"quality ({files.unit})", "margin.l": 48},
             },
         ),
     }
+
+
+def _quality_axis(files: StudyFiles) -> str:
+    what = "fidelity to the teacher" if files.unit == DECIBELS else f"score of {files.record['proxy'].get('proxy')}"
+    return f"quality: {what} ({files.unit})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,37 +97,53 @@ def _layers(files: StudyFiles, points: pd.DataFrame, high: float) -> list[_Layer
     """What is drawn, from the back to the front."""
     table, references = data.front_table(files), data.references(files)
     references = references[references["quality"].notna()]
-    unscored, over, dominated = (
-        points[points["standing"] == standing] for standing in (data.UNPROXIED, data.OVER, data.DOMINATED)
+    unscored, stopped, untrainable, over, dominated = (
+        points[points["standing"] == standing]
+        for standing in (data.UNPROXIED, data.STOPPED, data.UNTRAINABLE, data.OVER, data.DOMINATED)
     )
+    unit = files.unit
     farther = int((unscored["latency_ms"] > high).sum())
     beyond = f" ({farther} of {len(unscored)} are farther right)" if farther else ""
     cross = {"color": "@faint", "size": 9, "symbol": "x-thin", "line": {"width": 2, "color": "@muted"}}
     square = {"color": "@reference", "size": 18, "symbol": "square-open", "line": {"width": 2.5}}
     circle = {"size": 27, "symbol": "circle-open", "color": "@ink", "line": {"width": 1.5}}
     names = references["name"].tolist()
+    early = [
+        _Layer(trace=_ticks(frame, unit, colour), name=words, color=colour, shape="tick")
+        for frame, words, colour in (
+            (stopped, "stopped early: would not have reached the front", "@accent"),
+            (untrainable, "infeasible: could not be trained", "@reference"),
+        )
+        if len(frame)
+    ]
     return [
-        _Layer(trace=_ticks(unscored), name=f"over the budget, not scored{beyond}", color="@muted", shape="tick"),
-        _Layer(trace=_markers(over, cross), name="over the budget, scored all the same", color="@muted", shape="cross"),
+        *early,
+        _Layer(trace=_ticks(unscored, unit), name=f"over the budget, not scored{beyond}", color="@muted", shape="tick"),
         _Layer(
-            trace=_markers(dominated, {"color": "@faint", "size": 8, "opacity": 0.75}),
+            trace=_markers(over, cross, unit),
+            name="over the budget, scored all the same",
+            color="@muted",
+            shape="cross",
+        ),
+        _Layer(
+            trace=_markers(dominated, {"color": "@faint", "size": 8, "opacity": 0.75}, unit),
             name="another point is better in both",
             color="@faint",
         ),
         _Layer(trace=_staircase(table)),
         _Layer(
-            trace=_markers(references, square, bars="@reference", names=names),
+            trace=_markers(references, square, unit, bars="@reference", names=names),
             name="published reference",
             color="@reference",
             shape="ring",
         ),
         _Layer(
-            trace=_markers(table, {"color": "@accent", "size": 11}, bars="@accent"),
+            trace=_markers(table, {"color": "@accent", "size": 11}, unit, bars="@accent"),
             name="front, with latency interval and quality spread",
             color="@accent",
         ),
         _Layer(
-            trace=_markers(table[table["recommended"]], {"color": "@pick", "size": 17, "symbol": "star"}),
+            trace=_markers(table[table["recommended"]], {"color": "@pick", "size": 17, "symbol": "star"}, unit),
             name="recommended",
             color="@pick",
             shape="star",
@@ -144,7 +175,7 @@ def _x_range(shown: pd.DataFrame, budget: float) -> tuple[float, float]:
 
 
 def _markers(
-    frame: pd.DataFrame, marker: dict[str, Any], bars: str = "", names: list[str] | None = None
+    frame: pd.DataFrame, marker: dict[str, Any], unit: str, bars: str = "", names: list[str] | None = None
 ) -> dict[str, Any]:
     rows = frame.to_dict("records")
     trace: dict[str, Any] = {
@@ -153,7 +184,7 @@ def _markers(
         "ids": frame["key"].tolist(),
         "mode": "markers",
         "marker": marker,
-        "text": [hover(r, n) for r, n in zip(rows, names or [""] * len(rows), strict=True)],
+        "text": [hover(r, n, unit) for r, n in zip(rows, names or [""] * len(rows), strict=True)],
         "hovertemplate": "%{text}<extra></extra>",
     }
     if bars:
@@ -176,9 +207,9 @@ def _markers(
     return trace
 
 
-def _ticks(frame: pd.DataFrame) -> dict[str, Any]:
+def _ticks(frame: pd.DataFrame, unit: str, color: str = "@muted") -> dict[str, Any]:
     trace = _markers(
-        frame, {"symbol": "line-ns", "size": 16, "color": "@muted", "line": {"width": 1.5, "color": "@muted"}}
+        frame, {"symbol": "line-ns", "size": 16, "color": color, "line": {"width": 1.5, "color": color}}, unit
     )
     return {**trace, "y": [0.0] * len(frame), "yaxis": "y2"}
 

@@ -8,8 +8,9 @@ from typing import Any
 from nas import page
 from nas.page import Cell, Section, escape
 from nas.page.numbers import (
-    decibels,
+    duration,
     exact,
+    known,
     label,
     milliseconds,
     percent,
@@ -17,7 +18,7 @@ from nas.page.numbers import (
     significant,
 )
 from nas.report import cards, data, figures, front
-from nas.report.files import StudyFiles
+from nas.report.files import DECIBELS, StudyFiles
 
 
 def title(files: StudyFiles) -> str:
@@ -62,11 +63,17 @@ def _tiles(files: StudyFiles, row: Mapping[str, Any]) -> str:
     tiles = [
         (f"predicted, one {per}", milliseconds(row["latency_ms"]), f"{between}, each bound at {confidence}"),
         ("chance to meet the budget", percent(row["meets_budget_probability"]), f"{confidence} was asked for"),
-        ("quality", f"{decibels(row['quality'], row['quality_sd'])} dB", "fidelity to the teacher, proxy run"),
+        ("quality", front.scored(row["quality"], row["quality_sd"], files.unit), _meaning(files)),
         ("parameters", scaled(row["params"]), f"{scaled(row['weight_bytes'], 'B')} of weights"),
         ("MACs, one call", scaled(row["macs"]), f"{scaled(row['peak_activation_bytes'], 'B')} peak activations"),
     ]
     return page.tiles(tiles)
+
+
+def _meaning(files: StudyFiles) -> str:
+    """What the score is of."""
+    name = files.record["proxy"].get("proxy")
+    return "fidelity to the teacher, proxy run" if files.unit == DECIBELS else f"score of the proxy {name}"
 
 
 def budget_words(files: StudyFiles) -> str:
@@ -148,8 +155,12 @@ def _card(files: StudyFiles, row: Mapping[str, Any]) -> str:
         ("between", f"{milliseconds(row['latency_low_ms'])} and {milliseconds(row['latency_high_ms'])}"),
         ("meets the budget", percent(row["meets_budget_probability"])),
         ("one denoiser call", milliseconds(row["step_ms"])),
-        ("quality", f"{decibels(row['quality'], row['quality_sd'])} dB"),
-        ("of it, text part", f"{decibels(row['text_quality'], row['text_quality_sd'])} dB"),
+        ("quality", front.scored(row["quality"], row["quality_sd"], files.unit)),
+        *(
+            [("of it, text part", front.scored(row["text_quality"], row["text_quality_sd"], files.unit))]
+            if known(row["text_quality"])
+            else []
+        ),
         ("parameters", scaled(row["params"])),
         ("MACs per call", scaled(row["macs"])),
         ("weights", scaled(row["weight_bytes"], "B")),
@@ -185,11 +196,12 @@ def _table(files: StudyFiles) -> str:
     table = data.front_table(files)
     if table.empty:
         return ""
+    text = [f"text part ({files.unit})"] if files.judges_text else []
     header = [
-        "network", "latency", "low", "high", "meets budget", "quality (dB)", "text part (dB)", "parameters",
+        "network", "latency", "low", "high", "meets budget", f"quality ({files.unit})", *text, "parameters",
         "MACs per call", "weights", "peak activations", "next command",
     ]  # fmt: skip
-    rows = [_table_row(row) for row in table.to_dict("records")]
+    rows = [_table_row(files, row) for row in table.to_dict("records")]
     return (
         page.paragraph("★ recommended. Click a head to sort, a row to see its configuration above.", "note")
         + page.table(header, rows, keys=table["key"].tolist(), marked=files.recommended)
@@ -199,14 +211,16 @@ def _table(files: StudyFiles) -> str:
     )
 
 
-def _table_row(row: Mapping[str, Any]) -> list[Cell | str]:
+def _table_row(files: StudyFiles, row: Mapping[str, Any]) -> list[Cell | str]:
     name = ("★ " if row["recommended"] else "") + row["key"] + (f" ({row['reference']})" if row["reference"] else "")
     return [
         name,
         *(Cell(text=milliseconds(row[c]), sort=row[c]) for c in ("latency_ms", "latency_low_ms", "latency_high_ms")),
         Cell(text=percent(row["meets_budget_probability"]), sort=row["meets_budget_probability"]),
-        Cell(text=decibels(row["quality"], row["quality_sd"]), sort=row["quality"]),
-        Cell(text=decibels(row["text_quality"], row["text_quality_sd"]), sort=row["text_quality"]),
+        *(
+            Cell(text=front.scored(row[c], row[f"{c}_sd"], files.unit).removesuffix(f" {files.unit}"), sort=row[c])
+            for c in ("quality", "text_quality")[: 2 if files.judges_text else 1]
+        ),
         *(Cell(text=scaled(row[c]), sort=row[c]) for c in ("params", "macs")),
         *(Cell(text=scaled(row[c], "B"), sort=row[c]) for c in ("weight_bytes", "peak_activation_bytes")),
         Cell(text=row["command"], code=True),
@@ -281,14 +295,30 @@ def _progress(files: StudyFiles) -> str:
     latency, quality = data.reference_point(files)
     words = (
         "The hypervolume is the area between the front and a fixed corner, here"
-        f" {exact(latency)} and {significant(quality)} dB: studies with the same budget, space and proxy can be"
-        " compared by it."
+        f" {exact(latency)} and {significant(quality)} {files.unit}"
+        + (
+            ": studies with the same budget, space and proxy can be compared by it."
+            if files.unit == DECIBELS
+            else ", the worst score of this study: figures of another study are of another corner."
+        )
     )
     last = curve.loc[curve["improved"], "trial"]
     if len(last):
         words += f" The last of {len(curve)} scored candidates to enlarge it was number {int(last.max())}."
         if int(last.max()) > 0.8 * len(curve):
             words += " It was still growing near the end, so more trials would probably find more."
-    return page.paragraph(escape(words)) + page.figure(
+    return page.paragraph(escape(f"{words}{_stopped(files)}")) + page.figure(
         "figure-progress", figures.hypervolume(files), "line of the hypervolume over scored candidates"
+    )
+
+
+def _stopped(files: StudyFiles) -> str:
+    """What was saved by ending runs early, and how sure each end was."""
+    found = files.record.get("stopping") or {}
+    if not found.get("stopped"):
+        return ""
+    return (
+        f" {found['stopped']} proxy runs were stopped early, after {duration(found['spent_s'])} in all, because their"
+        f" learning curve said with {percent(found['confidence'])} confidence that they would end below the best"
+        f" known at no more latency; that saved {duration(found['saved_s'])} of proxy time ({found['basis']})."
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,9 @@ def cached_sha(path: Path) -> str:
     if isinstance(kept, dict) and kept.get("key") == key:
         return str(kept["sha256"])
     found = file_sha(place)
-    atomic_write(note, json.dumps({"key": key, "sha256": found}))
+    # On a full disk it is not kept: hashing again costs time, and no number depends on it.
+    with suppress(NasError):
+        atomic_write(note, json.dumps({"key": key, "sha256": found}))
     return found
 
 

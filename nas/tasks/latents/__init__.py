@@ -6,6 +6,7 @@ step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +15,22 @@ import torch
 
 from nas.tasks.latents.ahead import Ahead
 from nas.tasks.latents.batches import LatentBatches, PromptBatches
-from nas.tasks.latents.manifest import Manifest, Shard, check_fit
+from nas.tasks.latents.manifest import Manifest, Shard, check_fit, check_input
 from nas.tasks.latents.store import Store, Targets
 from nas.times import Times
 
-__all__ = ["Ahead", "LatentBatches", "Manifest", "PromptBatches", "Shard", "Store", "Targets", "Task", "check_fit"]
+__all__ = [
+    "Ahead",
+    "LatentBatches",
+    "Manifest",
+    "PromptBatches",
+    "Shard",
+    "Store",
+    "Targets",
+    "Task",
+    "check_fit",
+    "check_input",
+]
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,7 @@ class Task:
         images: bool = False,
         teacher_digest: str | None = None,
         device: torch.device | None = None,
+        only: Sequence[int] | None = None,
     ) -> LatentBatches:
         """Latents with noise and times; see `LatentBatches`.
 
@@ -71,6 +84,7 @@ class Task:
             images: whether the pixels are wanted too.
             teacher_digest: of the teacher whose cached answers are taken where there are any; None takes none.
             device: where the batches are wanted.
+            only: numbers of the rows that may be drawn; None draws from all.
         """
         return LatentBatches(
             store=self.store,
@@ -81,6 +95,7 @@ class Task:
             images=images,
             targets=None if teacher_digest is None else self.store.targets(teacher_digest),
             device=device,
+            only=only,
         )
 
     def prompts(

@@ -5,6 +5,7 @@ Legend: B batch, C channels, H W height and width of the latent.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -58,6 +59,7 @@ class LatentBatches:
         images: whether the pixels are wanted too, for decoders.
         targets: a teacher's cached answers, with which the teacher need not be asked.
         device: where the batches are wanted.
+        only: numbers of the rows that may be drawn; None draws from all.
     """
 
     store: Store
@@ -68,6 +70,7 @@ class LatentBatches:
     images: bool = False
     targets: Targets | None = None
     device: torch.device | None = None
+    only: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         _check(self.size, self.null_share)
@@ -76,7 +79,9 @@ class LatentBatches:
 
     def batch(self, step: int, part: Part = WHOLE) -> Batch:
         """The rows of that step."""
-        rows = rows_of(len(self.store), self.size, self.seed, step, part)
+        rows = rows_of(len(self.store if self.only is None else self.only), self.size, self.seed, step, part)
+        if self.only is not None:
+            rows = [self.only[row] for row in rows]
         text, null, dropped = _told(self.store, rows, self.seed, step, part, self.size, self.null_share, self.device)
         clean = self.store.latents(rows, self.device)
         images = self.store.images(rows, self.device) if self.images else None

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from nas.errors import NasError
+from nas.network import InputShape
 from nas.paths import atomic_write
 
 MANIFEST: Final = "manifest.json"
@@ -145,6 +146,41 @@ def check_fit(manifest: Manifest, teacher: Any, name: str = "the teacher") -> No
                 f" {found}",
                 hint="cache the data with the teacher's own pipeline: nas cache IMAGES --pipeline TEACHER",
             )
+
+
+def check_input(manifest: Manifest, shape: InputShape, latent: tuple[int, int, int], name: str) -> None:
+    """Refuses data that a student's network cannot be trained on.
+
+    Args:
+        manifest: of the data.
+        shape: what the network takes.
+        latent: (C, H, W) of the data's latents; of prompts alone, of what the teacher was made for.
+        name: what errors call the network.
+
+    Raises:
+        NasError: the data has latents, text or sizes of another shape; names both.
+    """
+    conditions = {part: each[-1] for part, each in manifest.conditions.items()}
+    channels, height, width = latent
+    # What the network takes, what the data has, and whether more than it reads does no harm.
+    pairs = {
+        "latent channels": (shape.channels, channels, False),
+        "latent height": (shape.height, height, False),
+        "latent width": (shape.width, width, False),
+        "text width": (shape.text_width, conditions.get("tokens", 0), False),
+        "pooled width": (shape.pooled_width, conditions.get("pooled", 0), True),
+        "sizes": (shape.size_ids, conditions.get("size_ids", 0), True),
+    }
+    wrong = {each: pair for each, pair in pairs.items() if pair[0] != pair[1] and not (pair[2] and pair[0] == 0)}
+    if wrong:
+        told = ", ".join(f"{each} {ours} where the data has {given}" for each, (ours, given, _) in wrong.items())
+        size = {"latent height", "latent width"} & wrong.keys()
+        raise NasError(
+            f"{name} has {told}",
+            hint=f"--resolution {manifest.image_size} makes it for images of that size"
+            if size and manifest.image_size
+            else "cache the data with the pipeline that the space is of",
+        )
 
 
 def _check_scaling(ours: Mapping[str, Any], theirs: Mapping[str, Any], name: str, made: str) -> None:

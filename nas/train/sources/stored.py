@@ -13,14 +13,13 @@ from nas.batches import Batches
 from nas.build import Network
 from nas.checkpoint import load_diffusers
 from nas.diffusion import FLOW, NativeDenoiser
-from nas.errors import NasError
 from nas.judge import LatentPipeline, drawn, grid
 from nas.judge.scoring import SEED
 from nas.network import NetworkSpec
 from nas.objectives import is_game
 from nas.space import Candidate
 from nas.students import Sampling
-from nas.tasks.latents import Task, check_fit
+from nas.tasks.latents import Task, check_fit, check_input
 from nas.teachers import DiffusersTeacher, load_teacher, teacher_digest
 from nas.train.recipe import SamplingSettings, Stage, StudentSettings
 from nas.train.sources.source import times_of
@@ -89,36 +88,7 @@ class Stored:
             NasError: the data has latents, text or sizes of another shape; names both.
         """
         spec = families.network(candidate)
-        shape, (channels, height, width) = spec.input, self._latents()
-        ours = {
-            "latent channels": shape.channels,
-            "latent height": shape.height,
-            "latent width": shape.width,
-            "text width": shape.text_width,
-            "pooled width": shape.pooled_width,
-            "sizes": shape.size_ids,
-        }
-        conditions = {name: each[-1] for name, each in self.manifest.conditions.items()}
-        given = {
-            "latent channels": channels,
-            "latent height": height,
-            "latent width": width,
-            "text width": conditions.get("tokens", 0),
-            "pooled width": conditions.get("pooled", 0),
-            "sizes": conditions.get("size_ids", 0),
-        }
-        # What the data brings beyond what the network reads does no harm.
-        extra = ("pooled width", "sizes")
-        wrong = [n for n in ours if ours[n] != given[n] and not (n in extra and ours[n] == 0)]
-        if wrong:
-            told = ", ".join(f"{name} {ours[name]} where the data has {given[name]}" for name in wrong)
-            size = {"latent height", "latent width"} & set(wrong)
-            raise NasError(
-                f"{candidate} has {told}",
-                hint=f"--resolution {self.manifest.image_size} makes it for images of that size"
-                if size and self.manifest.image_size
-                else "cache the data with the pipeline that the space is of",
-            )
+        check_input(self.manifest, spec.input, self._latents(), str(candidate))
         return spec
 
     def denoiser(self, network: Network, settings: StudentSettings) -> nn.Module:

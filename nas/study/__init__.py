@@ -1,39 +1,39 @@
 """The search: Optuna's ask and tell around `evaluate`, in a journal that survives being killed.
 
 Trials come in rounds of as many as there are workers: a round is proposed, evaluated side by side, and told in order.
-The sampler of trial n is seeded by (seed, n) and a proposal is one write to the journal, so the trials of a study
-depend on its settings alone: a run killed at any moment and resumed ends with the same trials as one left in peace.
+The sampler of trial n is seeded by (seed, n), a proposal is one write to the journal, and what may stop a run early is
+known from the rounds before its own. So the trials of a study depend on its settings alone: a run killed at any moment
+and resumed ends with the same trials as one left in peace.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from nas import quality
+from nas import proxies, quality, stopping
 from nas.errors import NasError
 from nas.evaluate import Evaluation, Evaluator
 from nas.network import short_hash
 from nas.record import Trial
 from nas.space import Candidate, SearchSpace
+from nas.study.journal import locked, open_journal
+from nas.study.outcome import Outcome, outcome_of, read
+from nas.study.worker import scored, workers
 
 # Proposals that are over budget or already known cost milliseconds. After a few in a row the next is drawn at random
 # (TPE repeats itself in small categorical spaces); after many the feasible part of the space is taken as exhausted.
@@ -45,7 +45,10 @@ Progress = Callable[[str, int, int, str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything that decides a study's trials."""
+    """Everything that decides a study's trials; `prune` is the confidence of stopping a run early, None for never.
+
+    `device` is where candidates are trained; like `jobs` it decides the speed alone.
+    """
 
     evaluator: Evaluator
     teacher: str
@@ -53,9 +56,11 @@ class Plan:
     trials: int
     seed: int
     jobs: int
+    prune: float | None = None
+    device: str = "cpu"
 
     def identity(self) -> dict[str, Any]:
-        """What must be equal for a journal to be continued; `trials` and `jobs` may change."""
+        """What must be equal for a journal to be continued; `trials`, `jobs` and `device` may change."""
         terms = self.evaluator.terms
         identity = {
             "space": self.evaluator.space.name,
@@ -67,6 +72,7 @@ class Plan:
             "confidence": terms.confidence,
             "teacher": quality.teacher_hash(self.teacher),
             "proxy": asdict(self.proxy),
+            "prune": self.prune,
             "seed": self.seed,
         }
         # As it will be read back: tuples become lists.
@@ -117,11 +123,12 @@ class Study:
         self.progress = progress or (lambda stage, done, total, note: None)
         self._open = contextlib.ExitStack()
         self._executor = executor
+        self.unit = proxies.proxy(plan.proxy.proxy).UNIT
 
     def __enter__(self) -> Study:
-        self._open.enter_context(_lock(self.folder))
+        self._open.enter_context(locked(self.folder))
         try:
-            self.study = _open_journal(self.folder, self.plan)
+            self.study = open_journal(self.folder, self.plan.identity())
         except BaseException:
             self._open.close()
             raise
@@ -143,19 +150,13 @@ class Study:
         found = []
         for frozen in self.study.get_trials(deepcopy=False):
             if frozen.state.is_finished() and "evaluation" in frozen.user_attrs:
-                found.append(
-                    Trial(
-                        number=frozen.number,
-                        state=frozen.user_attrs["state"],
-                        evaluation=Evaluation(**frozen.user_attrs["evaluation"]),
-                    )
-                )
+                found.append(read(frozen))
         return found
 
     @property
     def proxied(self) -> int:
         """How many trials a proxy run has been spent on."""
-        return sum(trial.state in ("proxied", "failed") for trial in self.trials())
+        return sum(trial.round is not None for trial in self.trials())
 
     def attr(self, name: str, value: Any = None) -> Any:
         """Reads a study attribute, or sets it where a value is given."""
@@ -265,34 +266,78 @@ class Study:
             )
         )
 
-    def _tell(self, number: int, evaluation: Evaluation, state: str) -> None:
+    def _tell(self, number: int, found: Outcome) -> None:
         """Writes a trial's outcome: attributes first, so that a finished trial is always whole."""
         storage, trial_id = self.study._storage, self.study.get_trials(deepcopy=False)[number]._trial_id
-        storage.set_trial_user_attr(trial_id, "evaluation", asdict(evaluation))
-        storage.set_trial_user_attr(trial_id, "state", state)
-        if evaluation.quality is None:
-            self.study.tell(number, state=TrialState.FAIL)
+        for name, value in found.attributes().items():
+            storage.set_trial_user_attr(trial_id, name, value)
+        if found.state == "infeasible":
+            # As a violated constraint the sampler learns to keep away; a bad score would only draw it elsewhere.
+            violated = optuna.trial.create_trial(state=TrialState.PRUNED, constraints={"untrainable": 1.0})
+            for name, value in violated.system_attrs.items():
+                storage.set_trial_system_attr(trial_id, name, value)
+        if found.state == "proxied":
+            self.study.tell(number, [found.evaluation.latency_ms, float(found.evaluation.quality or 0.0)])
         else:
-            self.study.tell(number, [evaluation.latency_ms, evaluation.quality])
+            self.study.tell(number, state=TrialState.FAIL if found.state == "failed" else TrialState.PRUNED)
+
+    def _rules(self, pending: dict[int, Candidate], priced: dict[int, Evaluation]) -> dict[int, stopping.Rule | None]:
+        """When to stop each run of a round, from the rounds before it: a round resumed in its midst has the same.
+
+        References run to their end: a reader wants to know how far the published networks come.
+        """
+        if self.plan.prune is None:
+            return dict.fromkeys(pending)
+        trials = self.trials()
+        frozen = self.study.get_trials(deepcopy=False)
+        this = min(frozen[number].user_attrs["round"] for number in pending)
+        runs = [
+            stopping.Run(
+                key=t.evaluation.key,
+                latency_ms=t.evaluation.latency_ms,
+                value=float(t.evaluation.quality or 0.0),
+                curve=t.curve,
+                feasible=t.evaluation.feasible,
+            )
+            for t in trials
+            if t.state == "proxied" and t.round is not None and t.round < this
+        ]
+        return {
+            number: stopping.rule(
+                runs if each.source == "search" else (),
+                each.latency_ms,
+                confidence=self.plan.prune,
+                steps=self.plan.proxy.steps,
+                unit=self.unit,
+            )
+            for number, each in priced.items()
+        }
 
     def _evaluate_round(self, pending: dict[int, Candidate]) -> None:
         """Runs the round's proxies side by side, then tells them in the order of their numbers."""
         frozen = {t.number: t for t in self.study.get_trials(deepcopy=False)}
-        futures: dict[Future[quality.Score], int] = {
-            self._workers().submit(quality.score, candidate, self.plan.teacher, self.plan.proxy): number
+        priced = {
+            number: self.plan.evaluator.price([candidate], frozen[number].user_attrs["source"])[0]
             for number, candidate in pending.items()
         }
-        outcomes: dict[int, tuple[Evaluation, str]] = {}
+        rules = self._rules(pending, priced)
+        futures: dict[Future[quality.Score], int] = {
+            self._workers().submit(
+                scored, candidate, self.plan.teacher, self.plan.proxy, rules[number], self.plan.device
+            ): number
+            for number, candidate in pending.items()
+        }
+        outcomes: dict[int, Outcome] = {}
         done_before = self.proxied
         goal = max(self.plan.trials, done_before + len(pending))
-        self.progress("search", done_before, goal, f"distilling {', '.join(c.key for c in pending.values())}")
+        self.progress("search", done_before, goal, f"scoring {', '.join(c.key for c in pending.values())}")
         try:
             for future in as_completed(futures):
                 number = futures[future]
-                priced = self.plan.evaluator.price([pending[number]], frozen[number].user_attrs["source"])[0]
-                outcomes[number] = _outcome(priced, future)
-                evaluation = outcomes[number][0]
-                note = "failed" if evaluation.quality is None else f"{evaluation.quality:.2f} dB"
+                outcomes[number] = outcome_of(priced[number], future, self.plan.proxy)
+                evaluation = outcomes[number].evaluation
+                state = outcomes[number].state
+                note = state if evaluation.quality is None else f"{evaluation.quality:.4g} {self.unit}"
                 self.progress(
                     "search",
                     done_before + len(outcomes),
@@ -305,93 +350,13 @@ class Study:
                 hint="the same command resumes; --jobs 1 needs less memory",
             ) from error
         for number in sorted(outcomes):
-            self._tell(number, *outcomes[number])
+            self._tell(number, outcomes[number])
 
     def _workers(self) -> Executor:
         if self._executor is None:
-            self._executor = ProcessPoolExecutor(
-                max_workers=self.plan.jobs,
-                mp_context=get_context("spawn"),
-                initializer=_worker,
-                initargs=(os.getpid(),),
-            )
+            self._executor = workers(self.plan.jobs)
         return self._executor
-
-
-def _outcome(priced: Evaluation, future: Future[quality.Score]) -> tuple[Evaluation, str]:
-    """What one proxy run says; a run that diverged is a failed trial with its reason, not the end of the search."""
-    try:
-        return priced.with_quality(future.result()), "proxied"
-    except NasError as error:
-        return Evaluation(**{**asdict(priced), "reason": error.message}), "failed"
 
 
 def _as_row(trial: FrozenTrial) -> np.ndarray:
     return np.array(trial.user_attrs["row"])
-
-
-def _worker(parent: int) -> None:
-    """Sets a worker up: Ctrl-C is the parent's business, and a worker whose parent was killed ends too."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """One search per folder at a time; the lock goes with the process, so a killed run leaves none behind."""
-    with (folder / ".lock").open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise NasError(
-                f"another search is running in {folder}", hint="wait for it, or choose another --out"
-            ) from error
-        yield
-
-
-def _repair(path: Path) -> None:
-    """Removes what a killed writer leaves: half a last line, and Optuna's lock file. The caller holds the folder."""
-    Path(f"{path}.lock").unlink(missing_ok=True)
-    if path.is_file():
-        data = path.read_bytes()
-        if data and not data.endswith(b"\n"):
-            os.truncate(path, data.rfind(b"\n") + 1)
-
-
-def _open_journal(folder: Path, plan: Plan) -> optuna.Study:
-    """The study in the folder's journal, new or continued.
-
-    Raises:
-        NasError: it belongs to other settings (each difference is named) or cannot be read.
-    """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    path = folder / "journal.log"
-    identity = plan.identity()
-    _repair(path)
-    try:
-        storage = optuna.storages.JournalStorage(JournalFileBackend(str(path)))
-        study = optuna.create_study(
-            study_name="search", storage=storage, directions=["minimize", "maximize"], load_if_exists=True
-        )
-        found = study.user_attrs.get("identity")
-    except (ValueError, KeyError, UnicodeDecodeError) as error:
-        raise NasError(
-            f"the journal {path} is damaged and cannot be read ({type(error).__name__}: {error})",
-            hint="move it away and run the search again, or choose another --out",
-        ) from error
-    if found is None:
-        study.set_user_attr("identity", identity)
-        return study
-    changed = [f"{k} was {found.get(k)!r}, is now {v!r}" for k, v in identity.items() if found.get(k) != v]
-    if changed:
-        raise NasError(
-            f"the study in {folder} was made with other settings: {'; '.join(changed)}",
-            hint="choose another --out; studies of different settings cannot be joined",
-        )
-    return study

@@ -1,0 +1,256 @@
+"""What comes of proxy runs in a search: stopped early, untrainable, out of memory; none of them is a bad score."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+from concurrent.futures import Future
+from dataclasses import replace
+
+import optuna
+import pytest
+import torch
+from optuna.trial import TrialState
+
+from nas import quality
+from nas.bench import Point, Stopped
+from nas.errors import NasError
+from nas.proxies import Score
+from nas.record import front
+from nas.space import load_space
+from nas.study import Plan, Study
+from nas.study.outcome import outcome_of
+from nas.study.worker import DIVERGED, MEMORY, Untrainable, memory_words, scored
+from tests.study_cases import TOML, FakeEvaluator, Inline, run, toy_score
+
+STOPPING = {"seed": 9, "trials": 12}  # a search of the toy space in which a run is stopped
+
+
+@pytest.fixture
+def plan(tmp_path, monkeypatch):
+    path = tmp_path / "toy.toml"
+    path.write_text(TOML)
+    monkeypatch.setattr(quality, "teacher_hash", lambda teacher: "teacher")
+    monkeypatch.setattr(quality, "score", toy_score)
+    return Plan(
+        evaluator=FakeEvaluator(load_space(path)),
+        teacher="embedded",
+        proxy=quality.ProxySettings(steps=24),
+        trials=10,
+        seed=3,
+        jobs=2,
+        prune=0.95,
+    )
+
+
+def journal(folder):
+    """The trials as Optuna has them."""
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder / "journal.log")))
+    return optuna.load_study(study_name="search", storage=storage).get_trials(deepcopy=False)
+
+
+def test_a_stopped_run_has_a_reason_and_a_curve_and_no_value(plan, tmp_path):
+    trials, asked = run(replace(plan, **STOPPING), tmp_path / "a")
+    stopped = [t for t in trials if t.state == "stopped"]
+    assert stopped
+    assert len(asked) == 12  # a stopped run is one of those that were asked for
+    known = journal(tmp_path / "a")
+    for trial in stopped:
+        assert trial.evaluation.quality is None
+        assert trial.evaluation.feasible
+        assert "would end near" in trial.evaluation.reason
+        step = trial.curve[-1].step
+        assert step < 24
+        assert trial.evaluation.seconds == pytest.approx(step / 48)
+        assert trial.saved_s == pytest.approx((24 - step) / 48)
+        assert known[trial.number].state == TrialState.PRUNED
+        assert known[trial.number].values is None
+        assert trial.evaluation.key not in {e.key for e in front(trials)}
+    # And rightly: what it would have come to is beaten at its latency.
+    whole = {t.evaluation.key: t.evaluation for t in run(replace(plan, **STOPPING, prune=None), tmp_path / "b")[0]}
+    for trial in stopped:
+        if (twin := whole.get(trial.evaluation.key)) is not None and twin.quality is not None:
+            assert any(
+                e.latency_ms <= twin.latency_ms and e.quality > twin.quality for e in whole.values() if e.quality
+            )
+
+
+def test_without_pruning_nothing_is_asked_and_nothing_is_stopped(plan, tmp_path):
+    (tmp_path / "a").mkdir()
+    executor = Inline()
+    with Study(replace(plan, **STOPPING, prune=None), tmp_path / "a", executor=executor) as opened:
+        opened.run()
+        assert "stopped" not in {t.state for t in opened.trials()}
+    assert set(executor.rules.values()) == {None}
+
+
+def test_the_rule_of_a_run_comes_from_the_rounds_before_its_own(plan, tmp_path, monkeypatch):
+    plan = replace(plan, **STOPPING)
+    (tmp_path / "peace").mkdir()
+    peace = Inline()
+    with Study(plan, tmp_path / "peace", executor=peace) as opened:
+        opened.run()
+        told = [t for t in opened.trials() if t.round is not None]
+    # A round of two with runs enough behind it, whose first is a score that the second must not know of.
+    pairs = [(one, two) for one, two in itertools.pairwise(told) if one.round == two.round and one.state == "proxied"]
+    last = max(one.round for one, two in pairs if peace.rules[two.evaluation.key].lines)
+    tell = Study._tell
+
+    class Killed(BaseException):
+        pass
+
+    def once(self, number, found):
+        tell(self, number, found)
+        told = self.study.get_trials(deepcopy=False)[number].user_attrs["round"]
+        if told == last:
+            raise Killed
+
+    (tmp_path / "killed").mkdir()
+    monkeypatch.setattr(Study, "_tell", once)
+    with pytest.raises(Killed), Study(plan, tmp_path / "killed", executor=Inline()) as opened:
+        opened.run()
+    monkeypatch.setattr(Study, "_tell", tell)
+    resumed = Inline()
+    with Study(plan, tmp_path / "killed", executor=resumed) as opened:
+        opened.run()
+    key, rule = next(iter(resumed.rules.items()))
+    assert key in {two.evaluation.key for _, two in pairs}
+    assert rule == peace.rules[key]
+    assert resumed.rules == {each: peace.rules[each] for each in resumed.rules}
+
+
+def test_references_are_never_stopped(plan, tmp_path):
+    space = plan.evaluator.space
+    executor = Inline()
+    (tmp_path / "a").mkdir()
+    with Study(replace(plan, **STOPPING), tmp_path / "a", executor=executor) as opened:
+        opened.run()
+    rule = executor.rules[space.reference("known").key]
+    assert (rule.lines, rule.goal) == ((), None)
+
+
+def test_pruning_is_part_of_what_a_study_is(plan, tmp_path):
+    run(plan, tmp_path / "a")
+    with pytest.raises(NasError, match=r"prune was 0\.95, is now None"):
+        run(replace(plan, prune=None), tmp_path / "a")
+
+
+def test_a_diverging_student_is_infeasible_with_its_reason_and_the_search_goes_on(plan, tmp_path):
+    path = tmp_path / "toy.toml"
+    path.write_text(TOML.replace("width = 4\ndepth = 3", "width = 1\ndepth = 3"))
+    failing = replace(plan, evaluator=FakeEvaluator(load_space(path)), trials=4)
+    trials, asked = run(failing, tmp_path / "a")
+    first = trials[0]
+    assert (first.state, first.cause) == ("infeasible", DIVERGED)
+    assert first.evaluation.reason.startswith("training diverged: after 24 steps")
+    assert not first.evaluation.feasible
+    assert first.evaluation.quality is None
+    assert len(asked) == 4  # its run was spent, and the others came after it
+    assert any(t.state == "proxied" for t in trials)
+    told = journal(tmp_path / "a")[first.number]
+    assert told.state == TrialState.PRUNED
+    assert told.constraints["untrainable"] > 0  # what the sampler keeps away from
+    assert told.values is None
+
+
+def test_lack_of_memory_is_infeasible_with_the_batch_that_would_fit(plan, tmp_path, monkeypatch):
+    def score(candidate, teacher, settings, stop, device):
+        if candidate.values["width"] == 3:
+            raise torch.cuda.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 139.80 GiB of which"
+                " 6.00 GiB is free."
+            )
+        return toy_score(candidate, teacher, settings, stop)
+
+    monkeypatch.setattr(quality, "score", score)
+    trials, asked = run(plan, tmp_path / "a")
+    lacking = [t for t in trials if t.cause == MEMORY]
+    assert lacking
+    assert len(asked) == 10
+    assert {t.evaluation.reason for t in lacking} == {
+        "out of memory at batch 16, which asked for 20.0 GiB more where 6.0 GiB were free; batch 4 would fit"
+    }
+
+
+def test_another_error_is_a_failed_trial_as_before(plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "score", lambda *_: (_ for _ in ()).throw(NasError("cannot be scaled down")))
+    trials, _ = run(replace(plan, trials=2), tmp_path / "a")
+    assert next((t.state, t.evaluation.reason) for t in trials if t.round is not None) == (
+        "failed",
+        "cannot be scaled down",
+    )
+
+
+def test_a_programming_error_is_not_hidden(plan, monkeypatch):
+    monkeypatch.setattr(quality, "score", lambda *_: (_ for _ in ()).throw(RuntimeError("shapes cannot be multiplied")))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        scored(plan.evaluator.space.reference("known"), "embedded", plan.proxy, None)
+
+
+def test_a_gradient_that_is_not_finite_is_divergence_too(plan, monkeypatch):
+    message = "a gradient is not finite at step 3 of 24 (batch 2) at learning rate 0.003; checkpoints are kept"
+    monkeypatch.setattr(quality, "score", lambda *_: (_ for _ in ()).throw(NasError(message, hint="less")))
+    with pytest.raises(Untrainable, match=r"^training diverged: a gradient .* learning rate 0\.003$") as caught:
+        scored(plan.evaluator.space.reference("known"), "embedded", plan.proxy, None)
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (again.message, again.cause) == (caught.value.message, DIVERGED)
+
+
+@pytest.mark.parametrize(
+    ("error", "batch", "free", "words"),
+    [
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4294967296 bytes. Error"),
+            12,
+            2.0**30,
+            "out of memory at batch 12, which asked for 4.0 GiB more where 1.0 GiB were free; batch 2 would fit",
+        ),
+        (MemoryError(), 16, 2.0**30, "out of memory at batch 16; batch 8, the next smaller power of two, may fit"),
+        (
+            RuntimeError("not enough memory: you tried to allocate 64 bytes"),
+            24,
+            2.0**40,
+            "out of memory at batch 24, which asked for 64 bytes more where 1,024.0 GiB were free; batch 16 would fit",
+        ),
+        (
+            MemoryError("Unable to allocate 8.00 TiB for an array with shape (1,)"),
+            4,
+            2.0**20,
+            "out of memory at batch 4, which asked for 8,192.0 GiB more where 1.0 MiB were free; not even batch 1"
+            " would fit",
+        ),
+        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), 1, None, "out of memory at batch 1: this machine has too little"),
+    ],
+)
+def test_the_batch_that_would_fit_is_halved_until_it_does(error, batch, free, words):
+    found = memory_words(error, batch, free)
+    assert found.startswith(words)
+
+
+def test_a_real_allocation_failure_is_recognised():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 50)
+    assert memory_words(caught.value, 16, 2.0**30).startswith("out of memory at batch 16, which asked for")
+    assert memory_words(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), 16) is None
+
+
+def outcome(plan, result, **changes):
+    """What is told of a run with this result."""
+    future = Future()
+    future.set_exception(result) if isinstance(result, BaseException) else future.set_result(result)
+    priced = plan.evaluator.price([plan.evaluator.space.reference("known")])[0]
+    return outcome_of(priced, future, replace(plan.proxy, **changes))
+
+
+def test_seconds_saved_are_those_of_the_steps_and_seeds_not_taken(plan):
+    stopped = Stopped("why", (Point(step=6, train_db=1.0, seconds=2.0),))
+    found = outcome(plan, stopped)
+    assert (found.state, found.evaluation.seconds, found.saved_s) == ("stopped", 2.0, pytest.approx(6.0))
+    assert outcome(plan, stopped, seeds=(0, 1, 2)).saved_s == pytest.approx(22.0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_score_that_is_no_number_is_infeasible(plan, value):
+    found = outcome(plan, Score(value=value))
+    assert (found.state, found.cause, found.evaluation.quality) == ("infeasible", "score not finite", None)
+    assert not found.evaluation.feasible

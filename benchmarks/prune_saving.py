@@ -118,7 +118,9 @@ class Replay(Executor):
     saved_s: float = 0.0
     stopped: list[tuple[Scored, float]] = field(default_factory=list)
 
-    def submit(self, fn: Any, candidate: Candidate, teacher: str, settings: Any, stop: Rule | None) -> Future[Score]:  # type: ignore[override]
+    def submit(  # type: ignore[override]
+        self, fn: Any, candidate: Candidate, teacher: str, settings: Any, stop: Rule | None, device: str
+    ) -> Future[Score]:
         """The run's outcome: its score, or where the rule ends it."""
         future = Future[Score]()
         if candidate.key not in self.rows:

@@ -142,6 +142,13 @@ def wait_for(rows: list[dict[str, str]], wait_s: float) -> None:
             time.sleep(left)
 
 
+def started(rows: list[dict[str, str]]) -> str:
+    """The name of a new session: the present second, once it is a second that no other session began in."""
+    while any(row["session"].partition("/")[0] == now() for row in rows):
+        time.sleep(0.05)
+    return now()
+
+
 def size_of(path: Path) -> int:
     """Bytes of a file or folder."""
     return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
@@ -165,7 +172,7 @@ def main() -> None:
         if not todo:
             continue
         wait_for(rows, options.wait)
-        began, others = now(), [key for key in todo if key != anchor]
+        began, others = started(rows), [key for key in todo if key != anchor]
         random.shuffle(others)
         groups = [others[i : i + GROUP] for i in range(0, max(len(others), 1), GROUP)]
         for turn, group in enumerate(groups, start=1):

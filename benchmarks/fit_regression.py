@@ -1,9 +1,10 @@
 """Fits the proxy `regression` to candidates that were trained long.
 
-    python benchmarks/fit_regression.py --truth reports/proxy/truth.csv [--space snapgen_unet] [--jobs 2]
+    python benchmarks/fit_regression.py [--truth TRUTH.csv] [--space snapgen_unet ...] [--jobs 2]
 
-Every space of the table with enough candidates gets a fit of its own; seeds of one candidate are averaged. The features
-of each candidate are kept in reports/proxy/features.csv as they come (killed, the command goes on where it was). Writes
+Every space of the table with enough candidates gets a fit of its own; seeds of one candidate are averaged; of a space's
+rows, those of its most frequent settings are taken. The features of each candidate are kept in
+reports/proxy/features.csv as they come (killed, the command goes on where it was). Writes
 nas/data/proxies/regression.json and prints what the fits explain, left out.
 """
 
@@ -14,7 +15,7 @@ import csv
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,28 +25,21 @@ from scipy.stats import kendalltau
 
 from nas.bench import Bench
 from nas.errors import NasError
-from nas.fidelity import Table
+from nas.fidelity import Table, most_frequent
 from nas.network import short_hash
 from nas.paths import atomic_write
 from nas.proxies import settings_of
-from nas.proxies.regression import FEATURES, FILE, TARGETS, belongs, features, fit
+from nas.proxies.regression import FEATURES, FILE, TARGETS, belongs, check_explains, features, fit
 from nas.space import Candidate, SearchSpace, load_space
 
 OUT = Path(__file__).resolve().parent.parent / "reports" / "proxy"
 TEACHER = "embedded"  # whose long runs benchmarks/proxy_truth.py has
 
 
-def truth_of(path: Path, space: SearchSpace) -> dict[str, dict[str, Any]]:
-    """A space's candidates by key, with their choices and the mean of each target over seeds.
-
-    Raises:
-        NasError: rows of several tables, which are not to be averaged.
-    """
-    with path.open(newline="") as stream:
-        rows = [row for row in csv.DictReader(stream) if (row["space"], row["space_hash"]) == (space.name, space.hash)]
-    if len({row["digest"] for row in rows}) > 1:
-        raise NasError(f"{path}: the rows of {space.name} are of several settings (column digest)")
+def truth_of(rows: Sequence[Mapping[str, str]], space: SearchSpace) -> dict[str, dict[str, Any]]:
+    """A space's candidates by key, with their choices and the mean of each target over seeds."""
     found: dict[str, dict[str, Any]] = {}
+    rows = [row for row in rows if (row["space"], row["space_hash"]) == (space.name, space.hash)]
     for key in dict.fromkeys(row["key"] for row in rows):
         own = [row for row in rows if row["key"] == key]
         means = {target: statistics.fmean(float(row[target]) for row in own) for target in TARGETS}
@@ -108,18 +102,21 @@ def main(argv: list[str] | None = None, say: Callable[[str], None] = print) -> i
     arguments = parser.parse_args(argv)
     bench = Bench(arguments.teacher, settings_of("regression"))
     with arguments.truth.open(newline="") as stream:
-        names = arguments.space or list(dict.fromkeys(row["space"] for row in csv.DictReader(stream)))
+        rows = most_frequent(list(csv.DictReader(stream)))
+    names = arguments.space or list(dict.fromkeys(row["space"] for row in rows))
     fits = []
     for space in map(load_space, names):
-        truth = truth_of(arguments.truth, space)
+        truth = truth_of(rows, space)
         candidates = [space.candidate(**row["choices"]) for row in truth.values()]
         known = with_features(candidates, bench, arguments.features, arguments.jobs, say)
         try:
-            fits.append({**belongs(bench), **fitted(space, truth, known)})
+            found = fitted(space, truth, known)
+            say(summary(found, truth))
+            check_explains(found)
         except NasError as error:
             say(f"{space.name}: no fit: {error.message}")
             continue
-        say(summary(fits[-1], truth))
+        fits.append({**belongs(bench), **found})
     atomic_write(arguments.out, json.dumps({"fits": fits}, indent=1) + "\n")
     return 0 if fits else 1
 

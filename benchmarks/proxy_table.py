@@ -15,7 +15,6 @@ import csv
 import json
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ import proxy_truth
 from nas import quality
 from nas.bench import Bench, ProxySettings
 from nas.errors import UsageError, unknown
-from nas.fidelity import Table, score_row, settings_key
+from nas.fidelity import Table, most_frequent, score_row, settings_key
 from nas.fidelity.card import interval_words
 from nas.network import short_hash
 from nas.paths import atomic_write
@@ -120,12 +119,7 @@ def read_truth(path: Path, say: Callable[[str], None]) -> TruthTable:
         raise UsageError(f"there is no truth table {path}", hint="python benchmarks/proxy_truth.py")
     with path.open(newline="") as stream:
         rows = list(csv.DictReader(stream))
-    kept: list[dict[str, str]] = []
-    for space in dict.fromkeys(row["space"] for row in rows):
-        own = [row for row in rows if row["space"] == space]
-        # A table that was begun again with other settings keeps the rows of the first beginning.
-        (digest, _), *_ = Counter(row["digest"] for row in own).most_common()
-        kept += [row for row in own if row["digest"] == digest]
+    kept = most_frequent(rows)
     if len(kept) < len(rows):
         rest = len(rows) - len(kept)
         say(f"{path}: {len(kept)} rows of each space's most frequent settings are used, {rest} of others are not")

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Iterable
+from typing import Final, Self
+
+DIVERGED: Final = "training diverged"
+OUT_OF_MEMORY: Final = "out of memory"
 
 
 class NasError(Exception):
@@ -21,11 +26,35 @@ class NasError(Exception):
         self.message = message
         self.hint = hint
 
+    def restated(self, message: str, hint: str | None) -> Self:
+        """The same error in other words."""
+        again = copy.copy(self)
+        again.args, again.message, again.hint = (message,), message, hint
+        return again
+
 
 class UsageError(NasError):
     """The command line, or a file the user wrote, asks for something that does not exist."""
 
     exit_code = 2
+
+
+class UntrainableError(NasError):
+    """A network that cannot be trained as asked, by no mistake in what was asked for.
+
+    Args:
+        message: as of any error.
+        cause: DIVERGED or OUT_OF_MEMORY.
+        hint: as of any error.
+    """
+
+    def __init__(self, message: str, cause: str, hint: str | None = None) -> None:
+        super().__init__(message, hint)
+        self.cause = cause
+
+    def __reduce__(self) -> tuple[type[UntrainableError], tuple[str, str, str | None]]:
+        """Workers hand it to their parent."""
+        return type(self), (self.message, self.cause, self.hint)
 
 
 def nearest(name: str, options: Iterable[str]) -> str | None:

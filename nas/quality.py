@@ -12,14 +12,60 @@ from typing import Any, Literal
 from nas import proxies
 from nas.bench import LATENTS, ProxySettings, Stop, bench_of, teacher_hash
 from nas.errors import NasError
+from nas.network import short_hash
 from nas.paths import data_dir
-from nas.proxies import Score
+from nas.proxies import Score, regression
 from nas.space import Candidate, SearchSpace
 
-__all__ = ["ProxySettings", "Score", "cannot_see", "fidelity", "on_latents", "prepare", "score", "teacher_hash"]
+__all__ = [
+    "ProxySettings",
+    "Score",
+    "cannot_see",
+    "chosen_because",
+    "default_settings",
+    "fidelity",
+    "identity",
+    "on_latents",
+    "prepare",
+    "score",
+    "teacher_hash",
+]
 
 _FULL_SIZE_LR = 1e-4
 CARDS = "proxy"  # below reports/: of this project, and of the folder that a person works in
+
+
+def default_settings(space: SearchSpace, teacher: str) -> ProxySettings:
+    """What a search takes unasked: the regression where one was fitted for the space and teacher, else distillation.
+
+    The regression ranked best and is the cheapest where it exists (benchmarks/proxy_table.py). `chosen_because` says
+    which of the two it was.
+
+    Raises:
+        NasError: no such teacher, or one that cannot teach the task.
+    """
+    fitted = proxies.settings_of("regression")
+    return fitted if regression.fitted(space, bench_of(teacher, fitted)) else ProxySettings()
+
+
+def chosen_because(settings: ProxySettings, space: SearchSpace) -> str:
+    """Why a search that was asked for no proxy has this one."""
+    if settings.proxy == "regression":
+        return f"a regression was fitted on long runs of {space.name} with this teacher"
+    return f"no regression was fitted on long runs of {space.name} as it is now with this teacher"
+
+
+def identity(settings: ProxySettings, space: SearchSpace, teacher: str) -> dict[str, Any]:
+    """What decides a score besides the candidate and the teacher's weights, as plain data.
+
+    Raises:
+        NasError: a regression that was not fitted for the space and teacher.
+    """
+    found = asdict(settings)
+    if settings.proxy == "regression":
+        fit = regression.fit_for(space, bench_of(teacher, settings))
+        found["fit"] = short_hash(json.dumps(fit, sort_keys=True))
+    return found
 
 
 def prepare(
@@ -76,6 +122,15 @@ def cannot_see(settings: ProxySettings) -> tuple[str, ...]:
     if settings.task == LATENTS:
         scale, where = "the candidate itself", "examples from disk"
     found = []
+    if settings.proxy == "regression":
+        return (
+            f"It trains nothing: it predicts from size, shape and training-free scores where a longer run of {scale}"
+            " would end, by a fit of candidates that were run. Far from those, and where its features do not tell two"
+            " networks apart (where attention stands, say), it is wrong without saying so.",
+            "What it predicts is itself a run of small copies, not of the network at its full width and resolution, and"
+            " not to its end.",
+            "Differences below about two standard deviations of the predictions that left a candidate out are ties.",
+        )
     if settings.steps == 0 and settings.shared_steps == 0:
         found.append(f"It trains nothing: it is read off {scale}, or off the candidate's size, and was never taught.")
     else:

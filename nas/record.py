@@ -111,21 +111,21 @@ def recommend(members: Sequence[Evaluation], unit: str = DECIBELS) -> dict[str, 
     if not members:
         return None
     best = max(members, key=lambda e: float(e.quality or 0.0))
-    # Two seed spreads: proxy gaps below that are ties (reference experiment: gaps under 4 % are not separable).
+    # Two spreads of a score: gaps below that are ties (reference experiment: gaps under 4 % are not separable).
     tie = 2.0 * max(float(best.quality_sd or 0.0), 0.05 if unit == DECIBELS else 0.0)
     chosen = next(e for e in members if float(e.quality or 0.0) >= float(best.quality or 0.0) - tie)
     if chosen.key == best.key:
         why = f"the best proxy quality on the front, {best.quality:.2f} {unit}, and no faster point ties with it"
     else:
         why = (
-            f"the fastest whose quality, {chosen.quality:.2f} {unit}, is within {tie:.2f} {unit} (two seed spreads) of"
-            f" the best {best.key} at {best.quality:.2f} {unit}"
+            f"the fastest whose quality, {chosen.quality:.2f} {unit}, is within {tie:.2f} {unit} (two of its standard"
+            f" deviations) of the best {best.key} at {best.quality:.2f} {unit}"
         )
     why = f"{why}; {chosen.meets_budget_probability:.0%} likely within the budget"
     if all(e.text_quality is None for e in members):
         why += "; text is not judged by this proxy"
     elif max(float(e.text_quality or 0.0) for e in members) < TEXT_LEARNT_DB:
-        why += "; no candidate learnt to follow captions in its proxy run, so text is not judged here"
+        why += "; no candidate follows captions by its proxy score, so text is not judged here"
     return {"key": chosen.key, "why": why}
 
 

@@ -45,7 +45,7 @@ class SearchSettings:
     out: Path | None = None
     fresh: bool = False
     command: str = "nas search"
-    proxy: quality.ProxySettings = quality.ProxySettings()
+    proxy: quality.ProxySettings | None = None
     prune: bool = True
     prune_confidence: float = 0.95
     train_on: str = "cpu"
@@ -90,7 +90,8 @@ def plan_search(settings: SearchSettings) -> Plan:
             raise UsageError(f"--{name} must be at least {low}, got {getattr(settings, name)}")
     if not 0.5 <= settings.prune_confidence < 1:
         raise UsageError(f"--prune-confidence must be from 0.5 to below 1, got {settings.prune_confidence:g}")
-    proxies.proxy(settings.proxy.proxy)
+    if settings.proxy is not None:
+        proxies.proxy(settings.proxy.proxy)
     space = load_space(settings.space)
     if settings.resolution_px is not None:
         space = space.at_resolution(settings.resolution_px)
@@ -107,10 +108,12 @@ def plan_search(settings: SearchSettings) -> Plan:
         terms=terms(space, sheet, budget, settings.confidence, predictor),
     )
     check_references(space)
+    proxy = settings.proxy or quality.default_settings(space, settings.teacher)
     return Plan(
         evaluator=evaluator,
         teacher=settings.teacher,
-        proxy=settings.proxy,
+        proxy=proxy,
+        proxy_because="asked for" if settings.proxy else quality.chosen_because(proxy, space),
         trials=settings.trials,
         seed=settings.seed,
         jobs=settings.jobs,
@@ -155,6 +158,9 @@ def preview(plan: Plan) -> dict[str, Any]:
         "references": [asdict(e) for e in _references(evaluator)],
         "warnings": list(evaluator.warnings(_references(evaluator))),
         "trials": plan.trials,
+        "proxy": {"proxy": plan.proxy.proxy, "because": plan.proxy_because},
+        "fidelity": quality.fidelity(plan.proxy, plan.teacher, evaluator.space.name),
+        "teacher": plan.teacher,
     }
 
 
@@ -258,7 +264,13 @@ def write_record(study: Study, settings: SearchSettings) -> SearchResult:
         "command": settings.command,
         "teacher": plan.teacher,
         "provenance": provenance(seed=plan.seed, identity=plan.identity()),
-        "proxy": {**asdict(plan.proxy), "unit": unit, "cannot_see": list(quality.cannot_see(plan.proxy))},
+        "proxy": {
+            **asdict(plan.proxy),
+            "unit": unit,
+            "summary": proxies.proxy(plan.proxy.proxy).SUMMARY,
+            "because": plan.proxy_because,
+            "cannot_see": list(quality.cannot_see(plan.proxy)),
+        },
         "predictor": evaluator.predictor.card,
         "warnings": list(evaluator.warnings(members)),
         "references": _reference_rows(evaluator, trials),

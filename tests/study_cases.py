@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 from nas.bench import Point, Stopped
 from nas.device import Budget
-from nas.errors import NasError
+from nas.errors import DIVERGED, UntrainableError
 from nas.evaluate import Evaluation, Terms
 from nas.proxies import Score
 from nas.space import SearchSpace
@@ -95,7 +95,7 @@ def toy_score(candidate, teacher, settings, stop, device="cpu"):
     """Worth more when wide, deep and dense; its training loss follows that at every look, up to a little noise."""
     values = candidate.values
     if values["depth"] == 3 and values["width"] == 1:
-        raise NasError("training diverged: after 24 steps the student is no better than before the first", hint="none")
+        raise UntrainableError("after 24 steps the student is no better than before the first", DIVERGED, hint="none")
     value = values["width"] ** 0.5 + 0.1 * values["depth"] + (0.3 if values["kind"] == "full" else 0.0)
     curve = ()
     for step in LOOKS:

@@ -248,7 +248,7 @@ def _record(folder, rows, best):
             "learning_rate": 0.002,
             "seeds": [0, 1],
             "cannot_see": [
-                "differences below two seed spreads",
+                "differences below two spreads",
                 "whether a caption's words are bound to the right object: 60 steps do not teach it",
             ],
         },

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nas import bench
 from nas.bench import Bench, Point, ProxySettings, Stopped, distilled, fidelity_of, learning_rate, small_copy, student
 from nas.diffusion import Conditioning, FlowDenoiser
-from nas.errors import NasError
+from nas.errors import DIVERGED, NasError, UntrainableError
 from nas.targets import Rows
 
 
@@ -169,8 +169,9 @@ def test_a_run_is_stopped_where_a_rule_says_so(teacher: str) -> None:
 
 def test_a_student_that_learns_nothing_is_no_score(teacher: str) -> None:
     made = Bench(teacher, replace(SETTINGS, lr=30.0, steps=6))
-    with pytest.raises(NasError, match=r"diverged|not finite"):
+    with pytest.raises(UntrainableError, match=r"no better than before the first|not finite") as caught:
         distilled(made.student(made.spec(candidate()), 0), made)
+    assert caught.value.cause == DIVERGED
 
 
 def test_no_steps_judge_the_weights_as_they_are(teacher: str) -> None:

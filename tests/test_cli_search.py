@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 from synthetic_study import make_study
 
-from nas.bench import ProxySettings
 from nas.cli import main
 from nas.proxies import settings_of
 from nas.search import SearchResult
@@ -22,7 +21,7 @@ def searched(tmp_path, monkeypatch):
     folder = make_study(tmp_path / "reports" / "one")
     base = json.loads((folder / "study.json").read_text())
     base["trials"] |= {"stopped": 0, "forbidden": 2}
-    base["proxy"] |= {"proxy": "distill", "unit": "dB"}
+    base["proxy"] |= {"proxy": "distill", "unit": "dB", "because": "asked for"}
     base["stopping"] = {"confidence": 0.95, "stopped": 0, "spent_s": 0.0, "saved_s": 0.0, "basis": "estimate"}
     base["fidelity"] = None
     heard = SimpleNamespace(asked=None)
@@ -59,18 +58,18 @@ def test_infeasible_is_told_apart_by_cause(searched, capsys):
 
 def test_the_card_of_the_proxy_is_printed_or_that_there_is_none(searched, capsys):
     none = searched(capsys)
-    assert "proxy distill: never tested on snapgen_unet with this teacher" in none
+    assert "proxy distill (asked for): never tested on snapgen_unet with this teacher" in none
     assert "nas fidelity --space snapgen_unet\n" in none
     other = searched(capsys, teacher="mine.safetensors")
     assert "nas fidelity --space snapgen_unet --teacher mine.safetensors\n" in other
     card = {"space": "snapgen_unet", "note": "48 candidates, Kendall 0.8."}
-    assert "proxy distill: 48 candidates, Kendall 0.8.\n" in searched(capsys, fidelity=card)
+    assert "proxy distill (asked for): 48 candidates, Kendall 0.8.\n" in searched(capsys, fidelity=card)
     elsewhere = searched(capsys, fidelity={**card, "space": "sd_unet"})
     assert "tested on sd_unet but never on snapgen_unet (nas fidelity --space snapgen_unet): 48" in elsewhere
 
 
 def test_the_unit_of_the_proxy_is_printed(searched, capsys):
-    out = searched(capsys, proxy={"proxy": "params", "unit": "log10"})
+    out = searched(capsys, proxy={"proxy": "params", "unit": "log10", "because": "asked for"})
     assert "quality log10" in out
     assert " dB" not in out.split("snapgen-", 1)[0].split("reference", 1)[0]
 
@@ -78,7 +77,7 @@ def test_the_unit_of_the_proxy_is_printed(searched, capsys):
 def test_the_options_reach_the_search(searched, capsys):
     searched(capsys)
     asked = searched.heard.asked
-    assert (asked.proxy, asked.prune, asked.prune_confidence) == (ProxySettings(), True, 0.95)
+    assert (asked.proxy, asked.prune, asked.prune_confidence) == (None, True, 0.95)
     searched(capsys, "--proxy", "params", "--no-prune")
     assert searched.heard.asked.proxy == settings_of("params")
     assert searched.heard.asked.prune is False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nas.errors import NasError, UsageError, nearest, unknown
+from nas.errors import DIVERGED, NasError, UntrainableError, UsageError, nearest, unknown
 
 
 def test_exit_codes_tell_usage_from_failure():
@@ -52,3 +52,12 @@ def test_unknown_takes_values_that_are_not_text():
     assert unknown("value of width", 250, [128, 256]).message.startswith(
         "unknown value of width '250'; did you mean '256'?"
     )
+
+
+@pytest.mark.parametrize("error", [NasError("why", hint="so"), UsageError("why"), UntrainableError("why", DIVERGED)])
+def test_an_error_said_in_other_words_stays_what_it_is(error):
+    again = error.restated("here: why", "do")
+    assert type(again) is type(error)
+    assert (str(again), again.message, again.hint, again.exit_code) == ("here: why", "here: why", "do", error.exit_code)
+    assert getattr(again, "cause", None) == getattr(error, "cause", None)
+    assert error.message == "why"

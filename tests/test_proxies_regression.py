@@ -20,6 +20,7 @@ from tiny_lesson import candidate, write_teacher
 from nas import targets
 from nas.bench import Bench, ProxySettings
 from nas.errors import NasError
+from nas.fidelity import most_frequent
 from nas.proxies import Score, naswot, regression
 from nas.proxies.regression import FEATURES, Line, fit
 from nas.space import Candidate
@@ -177,7 +178,7 @@ def test_what_it_was_not_fitted_for_is_refused(
         NasError, match=r"not fitted for space snapgen_unet \(\w+\); fitted are: snapgen_unet"
     ) as caught:
         regression.score(other_size, bench)
-    assert caught.value.hint == "python benchmarks/fit_regression.py --truth reports/proxy/truth.csv"
+    assert caught.value.hint == "python benchmarks/fit_regression.py"
     other = Bench(write_teacher(tmp_path_factory.mktemp("other"), seed=1), TINY)
     with pytest.raises(NasError, match=r"not fitted for the teacher .*teacher-1\.safetensors' with the task shapes"):
         regression.score(candidate(), other)
@@ -186,7 +187,7 @@ def test_what_it_was_not_fitted_for_is_refused(
     ):
         regression.score(candidate(), Bench(bench.teacher, replace(TINY, batch=8, text_weight=1.0)))
     # What decides no feature does not matter.
-    assert regression.fit_for(candidate(), Bench(bench.teacher, replace(TINY, held_rows=64))) == fitted
+    assert regression.fit_for(candidate().space, Bench(bench.teacher, replace(TINY, held_rows=64))) == fitted
     monkeypatch.setattr(regression, "FILE", Path("nowhere.json"))
     with pytest.raises(NasError, match="fitted are: none"):
         regression.score(candidate(), bench)
@@ -219,15 +220,21 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def test_the_command_averages_seeds_and_refuses_mixed_tables(tmp_path: Path) -> None:
+def test_the_command_averages_seeds() -> None:
     fitting, one, two = command(), candidate(), candidate(width_0=256)
     rows = [truth_row(one, 1, 3.0), truth_row(one, 2, 4.0), truth_row(two, 1, 5.0)]
-    found = fitting.truth_of(write(tmp_path / "truth.csv", rows), one.space)
+    found = fitting.truth_of(rows, one.space)
     assert {key: row["quality_db"] for key, row in found.items()} == {one.key: 3.5, two.key: 5.0}
     assert one.space.candidate(**found[one.key]["choices"]) == one
-    mixed = write(tmp_path / "mixed.csv", [*rows, truth_row(two, 2, 5.0, digest="e")])
-    with pytest.raises(NasError, match="of several settings"):
-        fitting.truth_of(mixed, one.space)
+
+
+def test_of_a_mixed_table_the_most_frequent_settings_of_each_space_count() -> None:
+    one, two = candidate(), candidate(width_0=256)
+    begun = [truth_row(one, seed, 9.0, digest="old") for seed in (1, 2)]
+    again = [truth_row(each, seed, 1.0, digest="new") for each in (one, two) for seed in (1, 2)]
+    other = [{**truth_row(one, 1, 2.0, digest="old"), "space": "another"}]
+    assert most_frequent([*begun, *again, *other]) == [*again, *other]
+    assert most_frequent([]) == []
 
 
 def test_the_command_writes_what_the_proxy_reads(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,14 +244,20 @@ def test_the_command_writes_what_the_proxy_reads(bench: Bench, tmp_path: Path, m
     monkeypatch.setattr(fitting, "settings_of", lambda name: TINY)
     known = {c.key: {n: row[n] for n in FEATURES} for c, row in zip(own, linear_rows(12), strict=True)}
     monkeypatch.setattr(fitting, "with_features", lambda *given: known)
-    truth = write(tmp_path / "truth.csv", [truth_row(each, 1, i / 3) for i, each in enumerate(own)])
+    truth = write(
+        tmp_path / "truth.csv",
+        [truth_row(each, 1, row["quality_db"]) for each, row in zip(own, linear_rows(12), strict=True)],
+    )
     out, said = tmp_path / "regression.json", []
     assert fitting.main(["--truth", str(truth), "--teacher", bench.teacher, "--out", str(out)], said.append) == 0
     assert "snapgen_unet: 12 candidates, left out one by one: quality_db Kendall" in said[-1]
-    found = regression.fit_for(own[0], bench, out)
+    found = regression.fit_for(space, bench, out)
     left_out = found["targets"]["quality_db"]["left_out"]
     monkeypatch.setattr(regression, "FILE", out)
     assert regression.score(own[3], bench).value == left_out[own[3].key]
+    noise = write(tmp_path / "noise.csv", [truth_row(each, 1, i % 5) for i, each in enumerate(own)])
+    assert fitting.main(["--truth", str(noise), "--teacher", bench.teacher, "--out", str(out)], said.append) == 1
+    assert "a fit that explains less than 50% is not used" in said[-1]
     few = write(tmp_path / "few.csv", [truth_row(each, 1, 1.0) for each in own[:3]])
     assert fitting.main(["--truth", str(few), "--teacher", bench.teacher, "--out", str(out)], said.append) == 1
     assert said[-1].startswith("snapgen_unet: no fit: a regression needs 8 candidates")

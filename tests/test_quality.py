@@ -11,8 +11,11 @@ from proxy_case import SETTINGS
 from tiny_lesson import candidate, write_teacher
 
 from nas import quality
+from nas.bench import bench_of
 from nas.errors import UsageError
+from nas.proxies import regression, settings_of
 from nas.quality import ProxySettings
+from nas.space import load_space
 
 
 def test_cannot_see_states_the_run() -> None:
@@ -74,3 +77,32 @@ def test_an_unknown_proxy_is_named(tmp_path: Path) -> None:
     teacher = write_teacher(tmp_path)
     with pytest.raises(UsageError, match=r"unknown proxy 'distil'.*distill"):
         quality.score(candidate(), teacher, replace(SETTINGS, proxy="distil"))
+
+
+def test_unasked_the_regression_is_taken_where_it_was_fitted(tmp_path: Path) -> None:
+    fitted, other = load_space("snapgen_unet"), load_space("snapgen_unet").at_resolution(512)
+    chosen = quality.default_settings(fitted, "embedded")
+    assert chosen.proxy == "regression"
+    assert quality.chosen_because(chosen, fitted).startswith("a regression was fitted")
+    assert quality.score(fitted.reference("snapgen"), "embedded", chosen).value > 0
+    for space, teacher in ((other, "embedded"), (fitted, write_teacher(tmp_path))):
+        instead = quality.default_settings(space, teacher)
+        assert instead == quality.ProxySettings()
+        assert quality.chosen_because(instead, space).startswith("no regression was fitted")
+
+
+def test_a_study_by_the_regression_is_of_one_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    space, settings = load_space("snapgen_unet"), settings_of("regression")
+    before = quality.identity(settings, space, "embedded")
+    assert before == quality.identity(settings, space, "embedded")
+    fit = regression.fit_for(space, bench_of("embedded", settings))
+    monkeypatch.setattr(regression, "fit_for", lambda *_: {**fit, "rows": 47})
+    after = quality.identity(settings, space, "embedded")
+    assert before.pop("fit") != after.pop("fit")
+    assert before == after
+
+
+def test_the_regression_says_what_it_is() -> None:
+    said = quality.cannot_see(settings_of("regression"))
+    assert said[0].startswith("It trains nothing: it predicts from size, shape")
+    assert "divided by 16" in said[0]

@@ -95,7 +95,7 @@ def test_the_recommended_is_the_fastest_that_ties_with_the_best():
 def test_a_recommendation_says_when_no_candidate_learnt_text():
     blind = [evaluation("a", 100, 1.0)]
     assert recommend(blind)["why"].endswith("; text is not judged by this proxy")
-    assert "no candidate learnt to follow captions" in recommend([replace(blind[0], text_quality=0.5)])["why"]
+    assert "no candidate follows captions by its proxy score" in recommend([replace(blind[0], text_quality=0.5)])["why"]
     assert "1.00 log10" in recommend(blind, "log10")["why"]
     assert "text" not in recommend([replace(blind[0], text_quality=3.0)])["why"]
 

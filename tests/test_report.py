@@ -228,7 +228,7 @@ def test_the_page_says_what_to_take_and_what_the_budget_pays_for(page, files):
         assert f'<tr data-key="{key}"' in text
     assert text.count('class="marked"') == 2  # its row and its card
     assert "stands at the edge of the space in width 0" in text
-    assert "differences below two seed spreads" in text
+    assert "differences below two spreads" in text
     assert "SnapGen++, arXiv 2601.08303 v2" in text
     assert "No row has operators of kind lookup, depthwise" in text
 

@@ -16,7 +16,7 @@ import torch
 
 from nas.bench.drawn import Bench
 from nas.bench.held import Fidelity, Held, fidelity_of, nothing
-from nas.bench.run import Curve, Point, Stop, Stopped, decibels, distilled
+from nas.bench.run import Curve, Point, Stop, Stopped, decibels, distilled, is_out_of_memory
 from nas.bench.settings import ProxySettings
 from nas.bench.small import embedded_lesson, learning_rate, small_copy, student, teacher_hash
 from nas.bench.stored import FullBench
@@ -39,6 +39,7 @@ __all__ = [
     "distilled",
     "embedded_lesson",
     "fidelity_of",
+    "is_out_of_memory",
     "learning_rate",
     "nothing",
     "one_thread",

@@ -18,12 +18,13 @@ from nas.bench.small import learning_rate
 from nas.build import Network
 from nas.diffusion import FlowDenoiser
 from nas.distill import Progress, TrainSettings, train
-from nas.errors import NasError
+from nas.errors import DIVERGED, OUT_OF_MEMORY, NasError, UntrainableError
 from nas.features import body
 
 if TYPE_CHECKING:
     from nas.bench import Bench
 
+_NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
 _LOOKS = (1 / 4, 1 / 2, 3 / 4)  # shares of the steps at which a run may be stopped
 
 
@@ -78,7 +79,8 @@ def distilled(
 
     Raises:
         Stopped: `stop` gave a reason.
-        NasError: training diverged: not finite, or the student is worse than nothing and than it was untrained.
+        UntrainableError: training diverged (not finite, or the student is worse than nothing and than it was
+            untrained), or memory ran out; then the batch that fits is named.
     """
     settings = bench.settings
     if settings.steps == 0:
@@ -112,9 +114,10 @@ def distilled(
     found = bench.judge(trained)
     # Put so that what is not a number counts as worse.
     if not found.quality_db >= 0 and not found.quality_db > (start := _untrained(bench, fresh, untrained)).quality_db:
-        raise NasError(
-            f"training diverged: after {settings.steps} steps the student is no better than before the first"
+        raise UntrainableError(
+            f"after {settings.steps} steps the student is no better than before the first"
             f" ({found.quality_db:.2f} dB, then {start.quality_db:.2f} dB)",
+            DIVERGED,
             hint="a lower learning rate in the proxy's settings",
         )
     return trained, found, tuple(points)
@@ -131,13 +134,13 @@ def _fitting(fresh: FlowDenoiser, bench: Bench, schedule: TrainSettings) -> Iter
     """Says of a run that was out of memory which batch would fit, by trying halves of it.
 
     Raises:
-        NasError: in place of the allocator's error.
+        UntrainableError: in place of the allocator's error.
     """
     try:
         yield
         return
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         traceback.clear_frames(error.__traceback__)  # they keep the failed step's tensors alive
     fresh.zero_grad(set_to_none=True)
@@ -146,9 +149,10 @@ def _fitting(fresh: FlowDenoiser, bench: Bench, schedule: TrainSettings) -> Iter
     size = schedule.batch // 2
     while size and not _fits(fresh, bench, replace(schedule, steps=1, batch=size)):
         size //= 2
-    raise NasError(
-        f"out of memory on {bench.device} with a batch of {schedule.batch}; "
+    raise UntrainableError(
+        f"{OUT_OF_MEMORY} on {bench.device} with a batch of {schedule.batch}; "
         + (f"a batch of {size} fits" if size else "not even a batch of 1 fits"),
+        OUT_OF_MEMORY,
         hint=f"batch = {size} in the proxy's settings, or fewer workers" if size else "a device with more memory",
     )
 
@@ -157,15 +161,16 @@ def _fits(fresh: FlowDenoiser, bench: Bench, schedule: TrainSettings) -> bool:
     try:
         train(fresh, _Fewer(bench.data, schedule.batch), bench.settings.objectives, schedule, teacher=bench.asked)
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         return False
     return True
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator failed: torch's own class on a GPU, plain words on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator failed: torch's own class on a GPU, plain words on the CPU and in cuBLAS and cuDNN."""
+    words = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(each in words for each in _NO_MEMORY)
 
 
 @dataclass(frozen=True)

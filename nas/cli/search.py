@@ -58,7 +58,9 @@ def search(
     from nas.quality import ProxySettings, on_latents
     from nas.search import SearchSettings, plan_search, preview, run_search
 
-    chosen = ProxySettings() if proxy is None else settings_of(proxy)
+    chosen = None if proxy is None else settings_of(proxy)
+    if data is not None:
+        chosen = on_latents(chosen or ProxySettings(), data, train_on)
     settings = SearchSettings(
         space=space,
         budget=budget,
@@ -72,7 +74,7 @@ def search(
         decoder=decoder,
         text_encoders=name_list(text_encoders),
         teacher=teacher,
-        proxy=on_latents(chosen, data, train_on) if data is not None else chosen,
+        proxy=chosen,
         prune=prune,
         prune_confidence=prune_confidence,
         train_on=train_on,
@@ -149,6 +151,7 @@ def _print_preview(found: dict[str, Any], as_json: bool) -> None:
         result(f"{row['source']}  {row['latency_ms']:.0f} ms ({interval}), {fits}")
     for warning in found["warnings"]:
         note(warning)
+    result(_tested(found))
     result(f"would spend {found['trials']} proxy runs")
     closing(following=command_line(leave_out=("--dry-run",)))
 
@@ -226,8 +229,9 @@ def _score(value: float | None, unit: str) -> str:
 def _tested(record: dict[str, Any]) -> str:
     """How well this proxy ranks, from its card, or that nobody knows."""
     name, space, card = record["proxy"]["proxy"], record["space"], record["fidelity"]
+    name += f" ({record['proxy']['because']})"
     teacher = "" if record["teacher"] == "embedded" else f" --teacher {record['teacher']}"
-    again = f"nas fidelity --space {record['space_path'] or space}{teacher}"
+    again = f"nas fidelity --space {record.get('space_path') or space}{teacher}"
     if card is None:
         return f"proxy {name}: never tested on {space} with this teacher, so nobody knows how well it ranks; {again}"
     if card["space"] != space:

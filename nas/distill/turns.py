@@ -15,7 +15,7 @@ from nas.diffusion import FLOW
 from nas.distill.asking import answer, predict
 from nas.distill.run import STUDENT, Run, need
 from nas.distill.settings import Progress
-from nas.errors import NasError
+from nas.errors import DIVERGED, UntrainableError
 from nas.features import Tap, captured, module_key
 from nas.objectives import Scene, total
 
@@ -175,17 +175,19 @@ def line(run: Run, pending: Sequence[Record]) -> Progress:
     """The means since the last line.
 
     Raises:
-        NasError: something was not finite; says the first step at which.
+        UntrainableError: something was not finite; says the first step at which.
     """
     settings = run.settings
     for step, loss, terms, norms in pending:
         bad = [name for name, value in terms.items() if not math.isfinite(float(value))]
         if bad or not bool(norms.isfinite().all()) or (loss is not None and not math.isfinite(float(loss))):
             what = f"the loss {', '.join(bad)}" if bad else "a gradient"
-            raise NasError(
+            raise UntrainableError(
                 f"{what} is not finite at step {step} of {settings.steps} (batch {step - 1}) at learning rate"
-                f" {settings.lr:g}; checkpoints from before it are kept",
-                hint="train with a lower learning rate, or with --precision fp32 if it is a lower one",
+                f" {settings.lr:g}",
+                DIVERGED,
+                hint="checkpoints from before it are kept; train with a lower learning rate, or with --precision fp32"
+                " if it is a lower one",
             )
     losses = [loss for _, loss, _, _ in pending if loss is not None]
     names = dict.fromkeys(name for _, _, terms, _ in pending for name in terms)

@@ -17,7 +17,7 @@ from nas.fidelity.agreement import (
 )
 from nas.fidelity.card import Compared, agreement_row, card, difference_row, reliability_facts
 from nas.fidelity.choose import pool_of, spread_out
-from nas.fidelity.rows import Table
+from nas.fidelity.rows import Table, most_frequent
 from nas.fidelity.scoring import score_row, value_of
 from nas.fidelity.truth import Samples, checked, long_run, settings_key
 
@@ -36,6 +36,7 @@ __all__ = [
     "difference",
     "difference_row",
     "long_run",
+    "most_frequent",
     "pool_of",
     "regret",
     "reliability",

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from nas.paths import atomic_write
+
+Row = TypeVar("Row", bound=Mapping[str, Any])
+
+
+def most_frequent(rows: Sequence[Row]) -> list[Row]:
+    """The rows of each space's most frequent digest: a table begun again with other settings keeps the first ones."""
+    counts = Counter((row["space"], row["digest"]) for row in rows)
+    most: dict[str, str] = {}
+    for (space, digest), _ in counts.most_common():
+        most.setdefault(space, digest)
+    return [row for row in rows if row["digest"] == most[row["space"]]]
 
 
 class Table:

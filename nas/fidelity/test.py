@@ -114,12 +114,13 @@ def plan_test(
         UsageError: an unknown name, too few candidates or steps, or a space that has no such candidates.
         NasError: the device has no predictor, or the teacher cannot be loaded.
     """
-    settings = ProxySettings() if proxy is None else proxies.settings_of(proxy)
-    proxies.proxy(settings.proxy)
     space = load_space(space_name)
+    if proxy is not None:
+        proxies.proxy(proxy)
     reason = getattr(registry.load("nas.families", space.family), "NO_PROXY", None)
     if reason is not None:
         raise UsageError(f"space {space.name} has no proxy to test: {reason}")
+    settings = quality.default_settings(space, teacher) if proxy is None else proxies.settings_of(proxy)
     if candidates < FEWEST:
         raise UsageError(
             f"--candidates must be at least {FEWEST} for a rank correlation to say anything, got {candidates}"
@@ -138,6 +139,7 @@ def plan_test(
         shared_steps=0,
         lr=LONG_LR,
         lr_rule="fixed",
+        held_rows=ProxySettings.held_rows,
         seeds=SEEDS[:1],
         text_weight=settings.text_weight or ProxySettings.text_weight,
         data_seed=settings.data_seed + 1,

@@ -26,9 +26,6 @@ from nas.space import Candidate, SearchSpace
 
 CHECKPOINT_EVERY = 50  # steps; a kill costs at most so many
 _TRIED = 64  # candidates to look for one that can be made small among
-# Of the peak rate of the shared run. Tried on one candidate only (the snapgen reference, 6 steps from a super-network
-# of 60): 2.35 dB at 1, 2.28 at 1/4 and 2.24 at 0.08, from 2.11 dB; text -0.05, -0.02 and -0.02 dB, from -0.03 dB.
-RECOVERY_RATE = 1.0
 # Of a score alone, not of what is shared; the seed is told apart.
 _OWN = ("proxy", "steps", "held_rows", "seeds")
 
@@ -73,11 +70,22 @@ def training(bench: Bench) -> ProxySettings:
     return replace(settings, steps=settings.shared_steps)
 
 
-def nth(on_progress: OnProgress | None, number: int, count: int) -> OnProgress | None:
-    """Progress of the `number`-th of `count` equally long runs, told as that of all."""
-    if on_progress is None:
-        return None
-    return lambda done, total: on_progress(number * total + done, count * total)
+def once_per_seed(
+    bench: Bench,
+    path_of: Callable[[int], Path],
+    make: Callable[[Path, int, OnProgress | None], None],
+    on_progress: OnProgress | None,
+) -> None:
+    """One shared file for each of the settings' seeds; progress is told as that of all, which are equally long."""
+    seeds = bench.settings.seeds
+    for number, seed in enumerate(seeds):
+
+        def told(done: int, total: int, number: int = number) -> None:
+            if on_progress is not None:
+                on_progress(number * total + done, len(seeds) * total)
+
+        path = path_of(seed)
+        once(path, functools.partial(make, path, seed, told))
 
 
 def first_small(space: SearchSpace, bench: Bench, rows: np.ndarray) -> tuple[Candidate, NetworkSpec]:
@@ -150,16 +158,19 @@ def network_of(student: FlowDenoiser) -> Network:
     return network
 
 
-def recovered(
-    candidate: Candidate, bench: Bench, start: Callable[[Network, int], object], stop: Stop | None = None
+def trained(
+    candidate: Candidate,
+    bench: Bench,
+    stop: Stop | None = None,
+    start: Callable[[Network, int], object] | None = None,
 ) -> Score:
-    """The score of a small copy that starts from shared weights and is trained on for the settings' steps.
+    """The score of a small copy that is trained for the settings' steps, once per seed.
 
     Args:
         candidate: to be scored.
         bench: teacher and settings; at 0 steps the copy is judged as it starts.
-        start: puts the shared weights into a network, given that and the seed.
         stop: asked about the first seed.
+        start: puts shared weights into a network, given that and the seed; None leaves the random ones.
 
     Raises:
         Stopped: `stop` gave a reason.
@@ -168,17 +179,17 @@ def recovered(
     bench.prepare()
     began = time.perf_counter()
     spec = bench.spec(candidate)
-    recovery = replace(bench, settings=replace(bench.settings, lr=bench.settings.lr * RECOVERY_RATE))
     values: list[float] = []
     texts: list[float] = []
     curve: Curve = ()
     with one_thread():
         for seed in bench.settings.seeds:
             fresh = bench.student(spec, seed)
-            start(network_of(fresh), seed)
-            trained, found, way = distilled(fresh, recovery, stop=None if values else stop)
+            if start is not None:
+                start(network_of(fresh), seed)
+            taught, found, way = distilled(fresh, bench, stop=None if values else stop)
             curve = curve or way
             values.append(found.quality_db)
             texts.append(found.text_db)
-    params = sum(each.numel() for each in trained.parameters())
+    params = sum(each.numel() for each in taught.parameters())
     return combined(values, texts, curve=curve, params=params, seconds=time.perf_counter() - began)

@@ -23,10 +23,9 @@ from nas.proxies._shared import (
     CHECKPOINT_EVERY,
     largest,
     network_of,
-    nth,
-    once,
-    recovered,
+    once_per_seed,
     shared_path,
+    trained,
     training,
 )
 from nas.space import Candidate, SearchSpace
@@ -49,11 +48,12 @@ def prepare(space: SearchSpace, bench: Bench, on_progress: OnProgress | None = N
     Raises:
         NasError: no shared steps, or training diverged.
     """
-    seeds = bench.settings.seeds
-    for number, seed in enumerate(seeds):
-        path = parent_path(space, bench, seed)
-        told = nth(on_progress, number, len(seeds))
-        once(path, functools.partial(_train, path, space, bench, seed, told))
+    once_per_seed(
+        bench,
+        lambda seed: parent_path(space, bench, seed),
+        lambda path, seed, told: _train(path, space, bench, seed, told),
+        on_progress,
+    )
 
 
 def score(candidate: Candidate, bench: Bench, stop: Stop | None = None) -> Score:
@@ -70,7 +70,7 @@ def score(candidate: Candidate, bench: Bench, stop: Stop | None = None) -> Score
         state, _ = inherit(network.spec, parents[seed].spec, parents[seed].state_dict(), seed=seed)
         network.load_state_dict(state)
 
-    return recovered(candidate, bench, start, stop)
+    return trained(candidate, bench, stop, start)
 
 
 def inherited_share(candidate: Candidate, bench: Bench) -> float:
@@ -96,7 +96,7 @@ def _train(path: Path, space: SearchSpace, bench: Bench, seed: int, on_progress:
     spec = bench.spec(largest(space, bench))
     folder = path.with_suffix(".partial")
     with one_thread():
-        trained = train(
+        taught = train(
             bench.student(spec, seed),
             bench.data,
             settings.objectives,
@@ -106,5 +106,5 @@ def _train(path: Path, space: SearchSpace, bench: Bench, seed: int, on_progress:
             on_progress=None if on_progress is None else lambda way: on_progress(way[-1].step, way[-1].steps),
             report_every=1,
         ).average
-    save_network(path, network_of(trained), {"space": space.name, "shared_steps": settings.steps, "seed": seed})
+    save_network(path, network_of(taught), {"space": space.name, "shared_steps": settings.steps, "seed": seed})
     shutil.rmtree(folder, ignore_errors=True)

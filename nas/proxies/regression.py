@@ -11,6 +11,7 @@ without saying so.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -27,7 +28,7 @@ from nas.errors import NasError
 from nas.network import NetworkSpec
 from nas.paths import package_data
 from nas.proxies import Score, grad_norm, macs, naswot, params, synflow
-from nas.space import Candidate
+from nas.space import Candidate, SearchSpace
 
 SUMMARY: Final = "a regression of size, shape and training-free scores, fitted on long runs of the same space"
 UNIT: Final = "dB"
@@ -47,7 +48,7 @@ FEATURES: Final = (
     "mean_width",
 )
 TARGETS: Final = ("quality_db", "text_db")
-FIT: Final = "python benchmarks/fit_regression.py --truth reports/proxy/truth.csv"
+FIT: Final = "python benchmarks/fit_regression.py"
 FILE: Final = package_data("proxies", "regression.json")
 
 # What decides a feature, besides the candidate and the teacher.
@@ -64,6 +65,7 @@ _SETTINGS: Final = (
 )
 _ALPHAS: Final = tuple(10.0**power for power in range(-6, 4))
 _FEWEST: Final = 8  # candidates; fewer leave no spread worth the name
+_LEAST_EXPLAINED: Final = 0.5  # of the variance of the quality, left out; a fit that explains less is none
 
 
 def score(candidate: Candidate, bench: Bench, stop: Stop | None = None) -> Score:
@@ -75,7 +77,7 @@ def score(candidate: Candidate, bench: Bench, stop: Stop | None = None) -> Score
         NasError: there is no fit for this space, teacher and settings, or the candidate cannot be scaled down.
     """
     began = time.perf_counter()
-    known = fit_for(candidate, bench)
+    known = fit_for(candidate.space, bench)
     quality, text = predicted(known, candidate, bench)
     return Score(
         value=quality,
@@ -131,14 +133,14 @@ def shape_of(spec: NetworkSpec) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------------ prediction
 
 
-def fit_for(candidate: Candidate, bench: Bench, path: Path | None = None) -> dict[str, Any]:
-    """The fit of a candidate's space, with the bench's teacher and settings.
+def fit_for(space: SearchSpace, bench: Bench, path: Path | None = None) -> dict[str, Any]:
+    """The fit of a space, with the bench's teacher and settings.
 
     Raises:
         NasError: there is none; says which of the three differs.
     """
     fits = _read(str(path or FILE))
-    space, wanted = candidate.space, belongs(bench)
+    wanted = belongs(bench)
     own = [each for each in fits if (each["space"], each["space_hash"]) == (space.name, space.hash)]
     if not own:
         known = ", ".join(sorted({each["space"] for each in fits})) or "none"
@@ -154,6 +156,13 @@ def fit_for(candidate: Candidate, bench: Bench, path: Path | None = None) -> dic
         f"{name} = {value} (not {theirs[name]})" for name, value in wanted["settings"].items() if theirs[name] != value
     ]
     raise _unfitted(f"a bench with {', '.join(other)}")
+
+
+def fitted(space: SearchSpace, bench: Bench) -> bool:
+    """Whether there is a fit for this space, teacher and settings."""
+    with contextlib.suppress(NasError):
+        return bool(fit_for(space, bench))
+    return False
 
 
 def _unfitted(what: str) -> NasError:
@@ -249,6 +258,21 @@ def fit(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     x = np.array([[float(row[name]) for name in FEATURES] for row in rows])
     targets = {name: _target(x, np.array([float(row[name]) for row in rows]), keys) for name in TARGETS}
     return {"rows": len(rows), "features": list(FEATURES), "targets": targets}
+
+
+def check_explains(found: Mapping[str, Any]) -> None:
+    """Refuses a fit that is not to be used.
+
+    Raises:
+        NasError: it explains less than half of the quality of candidates that it was not fitted on.
+    """
+    explained = found["targets"]["quality_db"]["explained"]
+    if explained < _LEAST_EXPLAINED:
+        raise NasError(
+            f"the features explain {explained:.0%} of the quality of candidates that are left out, and a fit that"
+            f" explains less than {_LEAST_EXPLAINED:.0%} is not used",
+            hint="more candidates: python benchmarks/proxy_truth.py",
+        )
 
 
 def _target(x: np.ndarray, y: np.ndarray, keys: Sequence[str]) -> dict[str, Any]:

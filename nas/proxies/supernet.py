@@ -12,7 +12,7 @@ from typing import Any, Final
 from nas.bench import Bench, Stop
 from nas.proxies import OnProgress, Score
 from nas.proxies._oneshot import read, train
-from nas.proxies._shared import nth, once, recovered, shared_path
+from nas.proxies._shared import once_per_seed, shared_path, trained
 from nas.space import Candidate, SearchSpace
 
 SUMMARY: Final = "a slice of a super-network that all candidates of the space share, trained on for a few steps"
@@ -33,11 +33,12 @@ def prepare(space: SearchSpace, bench: Bench, on_progress: OnProgress | None = N
     Raises:
         NasError: no shared steps, or training diverged.
     """
-    seeds = bench.settings.seeds
-    for number, seed in enumerate(seeds):
-        path = store_path(space, bench, seed)
-        told = nth(on_progress, number, len(seeds))
-        once(path, lambda path=path, seed=seed, told=told: train(path, space, bench, seed, told))  # type: ignore[misc]
+    once_per_seed(
+        bench,
+        lambda seed: store_path(space, bench, seed),
+        lambda path, seed, told: train(path, space, bench, seed, told),
+        on_progress,
+    )
 
 
 def score(candidate: Candidate, bench: Bench, stop: Stop | None = None) -> Score:
@@ -51,4 +52,4 @@ def score(candidate: Candidate, bench: Bench, stop: Stop | None = None) -> Score
     """
     prepare(candidate.space, bench)
     stores = {seed: read(store_path(candidate.space, bench, seed)) for seed in bench.settings.seeds}
-    return recovered(candidate, bench, lambda network, seed: stores[seed].load(network), stop)
+    return trained(candidate, bench, stop, lambda network, seed: stores[seed].load(network))

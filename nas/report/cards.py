@@ -9,7 +9,7 @@ from nas import page
 from nas.page import Cell, escape
 from nas.page.numbers import UNKNOWN, duration, known, label, percent, plain, scaled
 from nas.report import data
-from nas.report.files import StudyFiles
+from nas.report.files import DECIBELS, StudyFiles
 
 
 def predictor(files: StudyFiles) -> str:
@@ -107,12 +107,16 @@ def proxy(files: StudyFiles) -> str:
     """What quality means, what it cannot see, and how well it ranks."""
     settings = dict(files.record["proxy"])
     blind = [str(sentence) for sentence in settings.pop("cannot_see", [])]
+    how = str(settings.pop("summary", "a small copy, distilled for a few steps"))
     body = page.paragraph(
-        "Quality is how well the candidate, scaled down, imitates the teacher after a short distillation: 10·log10 of"
-        " the mean square of what the teacher adds to the preconditioner's skip path over the squared error, in dB."
-        " Every candidate had the same data, order and noise. The text part is the same figure for the difference that"
-        " the caption makes."
+        f"Every candidate has the same score: {escape(how)} (<code>{escape(settings.get('proxy', 'distill'))}</code>)."
     )
+    if files.unit == DECIBELS:
+        body += page.paragraph(
+            "Quality is how well the candidate, scaled down, imitates the teacher: 10·log10 of the mean square of what"
+            " the teacher adds to the preconditioner's skip path over the squared error, in dB. The text part is the"
+            " same figure for the difference that the caption makes."
+        )
     if blind:
         body += page.paragraph("<b>What it cannot see</b>") + page.bullets(blind)
     body += _fidelity(files.record.get("fidelity"), str(files.record["space"]))

@@ -47,7 +47,8 @@ Progress = Callable[[str, int, int, str], None]
 class Plan:
     """Everything that decides a study's trials; `prune` is the confidence of stopping a run early, None for never.
 
-    `device` is where candidates are trained; like `jobs` it decides the speed alone.
+    `device` is where candidates are trained; like `jobs` it decides the speed alone. `proxy_because` says how the
+    proxy came to be chosen, for the reader.
     """
 
     evaluator: Evaluator
@@ -58,6 +59,7 @@ class Plan:
     jobs: int
     prune: float | None = None
     device: str = "cpu"
+    proxy_because: str = "asked for"
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a journal to be continued; `trials`, `jobs` and `device` may change."""
@@ -71,7 +73,7 @@ class Plan:
             "pipeline": None if terms.budget.per_step else _paid_for(self.evaluator.space),
             "confidence": terms.confidence,
             "teacher": quality.teacher_hash(self.teacher),
-            "proxy": asdict(self.proxy),
+            "proxy": quality.identity(self.proxy, self.evaluator.space, self.teacher),
             "prune": self.prune,
             "seed": self.seed,
         }

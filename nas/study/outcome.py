@@ -10,11 +10,10 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from nas.bench import Curve, Point, ProxySettings, Stopped
-from nas.errors import NasError
+from nas.errors import NasError, UntrainableError
 from nas.evaluate import Evaluation
 from nas.proxies import Score
 from nas.record import Trial
-from nas.study.worker import Untrainable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +46,9 @@ def outcome_of(priced: Evaluation, future: Future[Score], settings: ProxySetting
         whole = spent * len(settings.seeds) * settings.steps / error.curve[-1].step
         evaluation = replace(priced, reason=error.message, seconds=spent)
         return Outcome(evaluation=evaluation, state="stopped", curve=error.curve, saved_s=whole - spent)
-    except Untrainable as error:
-        evaluation = replace(priced, reason=error.message, feasible=False)
+    except UntrainableError as error:
+        said = error.message if error.message.startswith(error.cause) else f"{error.cause}: {error.message}"
+        evaluation = replace(priced, reason=said, feasible=False)
         return Outcome(evaluation=evaluation, state="infeasible", cause=error.cause)
     except NasError as error:
         return Outcome(evaluation=replace(priced, reason=error.message), state="failed")

@@ -327,7 +327,7 @@ def _explained(stage: Stage, recipe: Recipe, checkpoints: Path) -> Iterator[None
             step = int(files[0].stem.partition("-")[2]) if files else 0
             kept = f"; the checkpoint of step {step} is kept" if files else "; nothing was saved yet"
             hint = "make room there and run the same command again, which goes on from it"
-        raise type(error)(f"{where}{error.message}{kept}", hint=hint) from error
+        raise error.restated(f"{where}{error.message}{kept}", hint) from error
 
 
 @contextmanager

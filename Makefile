@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # One search, from nothing to a page: the README's main command.
 SPACE ?= snapgen_unet
 BUDGET ?= 1.4s@iphone
-TRIALS ?= 24
+TRIALS ?= 60
 
 .DEFAULT_GOAL := help
 .PHONY: help setup search test lint format clean

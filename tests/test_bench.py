@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from proxy_case import SETTINGS, made_rows
-from tiny_lesson import candidate, write_teacher
+from tiny_lesson import candidate
 from torch import Tensor, nn
 
 from nas import bench
@@ -17,11 +17,6 @@ from nas.bench import Bench, Point, ProxySettings, Stopped, distilled, fidelity_
 from nas.diffusion import Conditioning, FlowDenoiser
 from nas.errors import DIVERGED, NasError, UntrainableError
 from nas.targets import Rows
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 class Stub(FlowDenoiser):

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_lesson import SMALLEST, write_teacher
+from tiny_lesson import SMALLEST
 from train_cases import SMALL, TWO_STAGES
 
 from nas.cli import main
@@ -16,11 +16,6 @@ from nas.train import recipes
 
 CHOICES = ",".join(f"{name}={value}" for name, value in SMALLEST.items())
 CANDIDATE = ("--space", "snapgen_unet", "--candidate", CHOICES)
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 @pytest.fixture(autouse=True)

@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import math
 import pickle
-from collections.abc import Iterator
 from dataclasses import asdict
 
 import pytest
 from proxy_case import SETTINGS
-from tiny_lesson import write_teacher
-from tiny_space import write_space
 
-from nas import proxies, targets
+from nas import proxies
 from nas.bench import Bench, ProxySettings
 from nas.errors import UsageError
 from nas.proxies import Score
@@ -22,24 +19,7 @@ from nas.space import SearchSpace
 # It predicts from a fit of one teacher's long runs and refuses every other; see its own tests.
 FITTED = {"regression"}
 
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_teacher(tmp_path_factory.mktemp("teacher"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NAS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        targets._load.cache_clear()
-        yield
-        targets._load.cache_clear()
-
-
-@pytest.fixture(scope="module")
-def space(tmp_path_factory: pytest.TempPathFactory) -> SearchSpace:
-    return write_space(tmp_path_factory.mktemp("space"))
+pytestmark = pytest.mark.usefixtures("module_cache")
 
 
 def settings(name: str) -> ProxySettings:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import pickle
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from multiprocessing import get_context
@@ -14,27 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from proxy_case import SETTINGS
-from tiny_lesson import candidate, write_teacher
+from tiny_lesson import candidate
 from torch import Tensor
 
-from nas import targets
 from nas.bench import run
 from nas.diffusion import FlowDenoiser
 from nas.quality import score as scored
 from nas.targets import Cached
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_teacher(tmp_path_factory.mktemp("teacher"))
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("NAS_CACHE", str(tmp_path))
-    targets._load.cache_clear()
-    yield tmp_path / "targets"
-    targets._load.cache_clear()
 
 
 def test_score_is_the_median_of_its_seeds_and_repeats(teacher: str) -> None:

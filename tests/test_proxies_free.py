@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_lesson import candidate, write_teacher
+from tiny_lesson import candidate
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,11 +27,6 @@ from nas.proxies._free import Replaced, awake, score_of
 TINY: dict[str, Any] = {"width_divisor": 32, "norm_groups": 2, "steps": 1, "batch": 4, "held_rows": 4}
 FREE = ("synflow", "naswot", "grad_norm")
 WIDER = {"width_0": 256}
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import torch
 from tiny_lesson import write_teacher
 from tiny_space import write_space
 
-from nas import targets
 from nas.bench import Bench, ProxySettings, distilled, one_thread
 from nas.proxies import _shared, inherit
 from nas.proxies._shared import largest
@@ -21,24 +19,7 @@ SETTINGS = ProxySettings(
     proxy="inherit", width_divisor=32, norm_groups=2, steps=0, shared_steps=24, batch=4, held_rows=16, lr=3e-3
 )
 
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_teacher(tmp_path_factory.mktemp("teacher"))
-
-
-@pytest.fixture(scope="module")
-def space(tmp_path_factory: pytest.TempPathFactory) -> SearchSpace:
-    return write_space(tmp_path_factory.mktemp("space"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NAS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        targets._load.cache_clear()
-        yield
-        targets._load.cache_clear()
+pytestmark = pytest.mark.usefixtures("module_cache")
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from proxy_case import made_rows
-from tiny_lesson import write_teacher
 from torch import Tensor
 
 from nas import bench, targets, teachers
@@ -20,19 +18,6 @@ from nas.diffusion import Conditioning, noised
 from nas.errors import NasError
 from nas.objectives import Outputs
 from nas.targets import Cached, Fresh, Prompted, Rows, TargetSettings
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_teacher(tmp_path_factory.mktemp("teacher"))
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("NAS_CACHE", str(tmp_path))
-    targets._load.cache_clear()
-    yield tmp_path / "targets"
-    targets._load.cache_clear()
 
 
 def rows_of(teacher: str, settings: TargetSettings) -> tuple[Rows, Rows]:

@@ -25,11 +25,6 @@ from nas.train import RESULT, Subject, TrainResult, load_recipe, train_recipe
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_teacher(tmp_path_factory.mktemp("teacher"))
-
-
-@pytest.fixture(scope="module")
 def whole(teacher: str, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
     return run(small(), teacher, tmp_path_factory.mktemp("run"))
 

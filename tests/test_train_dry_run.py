@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_lesson import candidate, write_teacher
+from tiny_lesson import candidate
 from torch import nn
 from train_cases import small, two_stages
 
@@ -17,11 +17,6 @@ from nas.features import body
 from nas.teachers import load_teacher
 from nas.train import DryRun, Machine, Subject, dry_run, load_recipe, train_recipe
 from nas.train.rehearsal import _counted
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 @pytest.fixture(autouse=True)

@@ -3,8 +3,10 @@
     python benchmarks/kill_resume.py [--kills 5] [--trials 12] [--shortest 4] [--longest 20]
 
 Runs one search to its end; runs the same search again in another folder and sends SIGKILL to its whole process group at
-random times, resuming after each; then compares the two journals trial by trial. Prints the verdict last and writes
-reports/benchmarks/kill_resume.json. The proxy is shortened (the benchmark is about the journal, not about quality).
+random times, resuming after each; then compares the two studies trial by trial. With one job a study's trials follow
+from its settings alone; with several they depend on which run ends first (see benchmarks/study_faults.py for those).
+Prints the verdict last and writes reports/benchmarks/kill_resume.json. The proxy is shortened: this is about the study,
+not about quality.
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ from nas.quality import ProxySettings
 from nas.search import SearchSettings, run_search
 proxy = replace(ProxySettings(), steps=10, seeds=(0,))
 if __name__ == "__main__":
-    run_search(SearchSettings(space="snapgen_unet", budget=sys.argv[3], trials=int(sys.argv[2]), seed=7, jobs=2,
-                              out=Path(sys.argv[1]), proxy=proxy))
+    run_search(SearchSettings(space="snapgen_unet", budgets=(sys.argv[3],), trials=int(sys.argv[2]), seed=7, jobs=1,
+                              out=Path(sys.argv[1]), proxy=proxy, reuse=False))
 """
 
 

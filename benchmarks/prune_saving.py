@@ -30,7 +30,8 @@ import numpy as np
 
 from nas.bench import Bench, Point, Stopped
 from nas.errors import NasError
-from nas.evaluate import Evaluator
+from nas.evaluate import Evaluation, Evaluator
+from nas.evaluate.pool import within
 from nas.fidelity import Table, pool_of, score_row, settings_key, spread_out
 from nas.network import short_hash
 from nas.paths import atomic_write
@@ -41,6 +42,9 @@ from nas.search import SearchSettings, plan_search
 from nas.space import Candidate
 from nas.stopping import Rule
 from nas.study import Plan, Study
+from nas.study.facts import Row, Snapshot
+from nas.study.presence import Place
+from nas.study.propose import Proposer
 
 OUT = Path(__file__).resolve().parent.parent / "reports" / "proxy"
 KEYS = ("space", "space_hash", "key")
@@ -67,7 +71,7 @@ def pool_for(evaluator: Evaluator, size: int, seed: int = 0) -> list[Candidate]:
     """The references and feasible candidates of all latencies."""
     rows = pool_of(evaluator.space, seed)
     prices = evaluator.pricer.rows(rows)
-    fits = evaluator.upper_ms(prices.features) <= evaluator.terms.budget.ms
+    fits = within(evaluator.constraints, prices)
     latency = evaluator.predictor.predict(prices.features)[0]
     return spread_out(evaluator.space, size, seed, latency[fits], rows[fits])
 
@@ -139,34 +143,37 @@ class Replay(Executor):
         return future
 
 
-class PoolStudy(Study):
-    """The search loop over a pool: in a random order, or each proposal moved to the nearest member not yet tried."""
+class PoolProposer(Proposer):
+    """Chooses from a pool: in a random order, or each proposal moved to the nearest member not yet tried."""
 
-    pool: Sequence[Candidate] = ()
-    order = ORDERS[0]
+    def __init__(self, plan: Plan, pool: Sequence[Candidate], order: str) -> None:
+        super().__init__(plan.evaluator, plan.sampler, plan.seed)
+        self._space, self._members, self._order = plan.evaluator.space, pool, order
 
-    def _propose(self, at_random: bool) -> Candidate | None:
-        tried = {tuple(t.user_attrs["row"]) for t in self.study.get_trials(deepcopy=False)}
-        left = [each for each in self.pool if tuple(each.row) not in tried]
-        if self.order == "random" or not left:
-            return next(iter(left), self.pool[0])
-        asked = super()._propose(at_random)
-        if asked is None:
-            return None
-        rows = np.array([each.row for each in left])
-        kinds = [(choice.ordinal, len(choice.values)) for choice in self.space.choices]
-        away = np.abs(rows - np.array(asked.row)).astype(float)
+    def propose(
+        self, snapshot: Snapshot, price: Callable[[Row], Evaluation], place: Place, at_random: bool
+    ) -> tuple[Row | None, dict[str, Any]]:
+        """The next member's row; None once all were tried."""
+        tried = {fact.row for fact in snapshot.facts}
+        left = [each.row for each in self._members if each.row not in tried]
+        if not left:
+            return None, {}
+        if self._order == "random":
+            return left[0], {}
+        asked, kept = super().propose(snapshot, price, place, at_random)
+        kinds = [(choice.ordinal, len(choice.values)) for choice in self._space.choices]
+        away = np.abs(np.array(left) - np.array(asked)).astype(float)
         for i, (ordinal, count) in enumerate(kinds):
             away[:, i] = away[:, i] / max(count - 1, 1) if ordinal else away[:, i] != 0
-        return left[int(away.sum(axis=1).argmin())]
+        return left[int(away.sum(axis=1).argmin())], kept
 
 
 def search(plan: Plan, pool: Sequence[Candidate], rows: Mapping[str, Scored], order: str) -> dict[str, Any]:
     """One search over the pool, and what it spent and found."""
     workers = Replay(rows)
-    with tempfile.TemporaryDirectory() as folder, PoolStudy(plan, Path(folder), executor=workers) as study:
-        study.order = order
-        study.pool = [pool[i] for i in np.random.default_rng(plan.seed).permutation(len(pool))]
+    with tempfile.TemporaryDirectory() as folder, Study(plan, Path(folder), executor=workers) as study:
+        shuffled = [pool[i] for i in np.random.default_rng(plan.seed).permutation(len(pool))]
+        study.proposer = PoolProposer(plan, shuffled, order)
         study.run()
         trials = study.trials()
     members = front(trials)
@@ -240,11 +247,13 @@ def main(argv: list[str] | None = None, say: Callable[[str], None] = print) -> i
     given = {} if arguments.steps is None else {"steps": arguments.steps}
     settings = SearchSettings(
         space=arguments.space,
-        budget=arguments.budget,
+        budgets=(arguments.budget,),
         trials=arguments.trials or max(1, round(0.4 * arguments.pool)),
         jobs=arguments.jobs,
         proxy=settings_of(arguments.proxy, **given),
         prune_confidence=arguments.confidence,
+        sampler="tpe",
+        reuse=False,
     )
     plan = plan_search(settings)
     pool = pool_for(plan.evaluator, arguments.pool)

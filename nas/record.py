@@ -54,16 +54,21 @@ class Trial:
     saved_s: float = 0.0
 
 
-_COLUMNS = [f.name for f in fields(Evaluation) if f.name not in ("choices", "source", "reason")]
+_APART = ("choices", "source", "reason", "others", "violated")
+_COLUMNS = [f.name for f in fields(Evaluation) if f.name not in _APART]
 
 
 def trials_frame(trials: Sequence[Trial], space: SearchSpace) -> pd.DataFrame:
-    """One row per trial; an inactive choice is empty."""
+    """One row per trial; an inactive choice is empty.
+
+    The latency on the device of a further budget stands in columns such as `latency_ms@iphone-13`.
+    """
     rows = []
     for trial in trials:
         values = asdict(trial.evaluation)
         row = {"number": trial.number, "state": trial.state, "source": values["source"], "reason": values["reason"]}
         row |= {name: values[name] for name in _COLUMNS}
+        row |= _elsewhere(trial.evaluation)
         row |= {f"choice.{c.name}": trial.evaluation.choices.get(c.name) for c in space.choices}
         rows.append(row)
     columns = [
@@ -73,9 +78,15 @@ def trials_frame(trials: Sequence[Trial], space: SearchSpace) -> pd.DataFrame:
         "source",
         "reason",
         *_COLUMNS[1:],
+        *dict.fromkeys(name for trial in trials for name in _elsewhere(trial.evaluation)),
         *(f"choice.{c.name}" for c in space.choices),
     ]
     return pd.DataFrame(rows, columns=columns)
+
+
+def _elsewhere(evaluation: Evaluation) -> dict[str, float]:
+    """The latencies on the devices of the further budgets, by column."""
+    return {f"{name}@{device}": value for device, found in evaluation.others.items() for name, value in found.items()}
 
 
 def front(trials: Sequence[Trial]) -> list[Evaluation]:
@@ -122,6 +133,9 @@ def recommend(members: Sequence[Evaluation], unit: str = DECIBELS) -> dict[str, 
             f" deviations) of the best {best.key} at {best.quality:.2f} {unit}"
         )
     why = f"{why}; {chosen.meets_budget_probability:.0%} likely within the budget"
+    why += "".join(
+        f", {found['meets_budget_probability']:.0%} within that of {device}" for device, found in chosen.others.items()
+    )
     if all(e.text_quality is None for e in members):
         why += "; text is not judged by this proxy"
     elif max(float(e.text_quality or 0.0) for e in members) < TEXT_LEARNT_DB:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
+
+import numpy as np
 
 from nas.bench import Point, Stopped
 from nas.device import Budget
@@ -59,17 +61,33 @@ attention = true
 
 @dataclass(frozen=True)
 class FakeEvaluator:
-    """Latency is ten times width plus depth; the budget is 35 ms."""
+    """Latency is ten times width plus depth; the budget is 35 ms unless another is given."""
 
     space: SearchSpace
     sheet: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(slug="toy--none--fp32"))
     predictor: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(to_json=lambda: {"kind": "toy"}))
     terms: Terms = Terms(budget=Budget(ms=35.0, per_step=True, device="toy"), calls=1, parts=(), confidence=0.8)
 
+    def identity(self):
+        return {"budgets": [str(self.terms.budget)], "targets": [self.sheet.slug], "predictors": ["toy"]}
+
+    def within(self, ms):
+        """The same with another budget in milliseconds."""
+        return replace(self, terms=replace(self.terms, budget=replace(self.terms.budget, ms=ms)))
+
+    def problem_pool(self, n=100_000, seed=0):
+        rows = np.array([each.row for each in self.space.enumerate() if self.price([each])[0].feasible])
+        return rows, *self.features(rows)
+
+    def features(self, rows):
+        priced = self.price([self.space.from_row(row) for row in rows])
+        return np.array([each.latency_ms for each in priced]), np.asarray(rows)[:, :2].astype(float)
+
     def price(self, candidates, source="search"):
         rows = []
         for candidate in candidates:
             ms = 10.0 * candidate.values["width"] + candidate.values["depth"]
+            fits = ms + 1 <= self.terms.budget.ms
             rows.append(
                 Evaluation(
                     key=candidate.key,
@@ -82,9 +100,9 @@ class FakeEvaluator:
                     latency_ms=ms,
                     latency_low_ms=ms - 1,
                     latency_high_ms=ms + 1,
-                    meets_budget_probability=1.0 if ms + 1 <= 35 else 0.1,
-                    feasible=ms + 1 <= 35,
-                    reason="" if ms + 1 <= 35 else "over",
+                    meets_budget_probability=1.0 if fits else 0.1,
+                    feasible=fits,
+                    reason="" if fits else "over",
                     source=source,
                 )
             )
@@ -123,10 +141,10 @@ class Inline(Executor):
         return future
 
 
-def run(plan, folder):
+def run(plan, folder, **named):
     """A study's trials, and the keys of the candidates that proxies were run for."""
     folder.mkdir(exist_ok=True)
     executor = Inline()
-    with Study(plan, folder, executor=executor) as opened:
+    with Study(plan, folder, executor=executor, **named) as opened:
         opened.run()
         return opened.trials(), executor.asked

@@ -34,6 +34,7 @@ STAGES = [
     "head",
 ]
 FIXED_MS, CALLS, BUDGET_MS, CONFIDENCE = 125.3, 4, 1400.0, 0.8
+ELSEWHERE, LATENCIES = "galaxy-s24", ("latency_ms", "latency_low_ms", "latency_high_ms")
 COLUMNS = [
     "number",
     "key",
@@ -133,8 +134,11 @@ def _write(path, columns, rows):
         writer.writerows(rows)
 
 
-def make_study(folder: Path, trials: int = 90, seed: int = 0) -> Path:
-    """Writes study.json, trials.csv, front.csv and blocks.csv into `folder`."""
+def make_study(folder: Path, trials: int = 90, seed: int = 0, first_version: bool = False) -> Path:
+    """Writes study.json, trials.csv, front.csv and blocks.csv into `folder`.
+
+    With `first_version` study.json has only what the first version wrote.
+    """
     rng = np.random.default_rng(seed)
     rows = [_row(0, SNAPGEN, "reference:snapgen", rng)]
     for number in range(1, trials):
@@ -142,15 +146,26 @@ def make_study(folder: Path, trials: int = 90, seed: int = 0) -> Path:
         rows.append(_row(number, values, "search", rng))
     rows.append({**rows[-1], "number": trials, "state": "duplicate"})
     front = _front(rows)
-    best = max(front, key=lambda r: r["quality"])
+    chosen = _recommended(front)
     folder.mkdir(parents=True, exist_ok=True)
     columns = COLUMNS + [f"choice.{k}" for k in CHOICES]
+    if not first_version:
+        columns += [f"{name}@{ELSEWHERE}" for name in LATENCIES]
+        for row in rows:
+            row.update({f"{name}@{ELSEWHERE}": 0.55 * row[name] for name in LATENCIES})
     _write(folder / "trials.csv", columns, rows)
     _write(folder / "front.csv", columns, front)
     blocks = [block for member in front for block in _blocks(member, rng)]
     _write(folder / "blocks.csv", list(blocks[0]), blocks)
-    (folder / "study.json").write_text(json.dumps(_record(folder, rows, best), indent=1))
+    record = _record(folder, rows, chosen) | ({} if first_version else _since(rows))
+    (folder / "study.json").write_text(json.dumps(record, indent=1))
     return folder
+
+
+def _recommended(front):
+    """The fastest whose quality is within two standard deviations of the best one's."""
+    best = max(front, key=lambda r: r["quality"])
+    return next(r for r in front if r["quality"] >= best["quality"] - 2 * best["quality_sd"])
 
 
 def _volumes(rows):
@@ -178,7 +193,7 @@ def _part(role, name, ms, source):
     }
 
 
-def _record(folder, rows, best):
+def _record(folder, rows, chosen):
     count = {s: sum(r["state"] == s for r in rows) for s in ("proxied", "infeasible", "duplicate")}
     reference = {k: v for k, v in rows[0].items() if not k.startswith("choice.") and k in COLUMNS}
     step_ms = 274.0
@@ -299,19 +314,42 @@ def _record(folder, rows, best):
             "unit": "s·dB",
             "values": _volumes(rows),
         },
-        "edges": [{"choice": "width_0", "value": best["choice.width_0"], "at": "high"}],
+        "edges": [{"choice": "width_0", "value": chosen["choice.width_0"], "at": "high"}],
         "recommended": {
-            "key": best["key"],
-            "why": "the best proxy quality on the front, and no faster point ties with it",
+            "key": chosen["key"],
+            "why": "the fastest whose quality ties with the best on the front",
         },
         "fidelity": {
             "candidates": 12,
+            "teacher_digest": hashlib.sha256(b"teacher").hexdigest(),
             "kendall": {"short score": 0.64, "params": 0.42, "macs": 0.45},
             "note": "12 diverse candidates, scored against a run of the same loss ten times longer.",
         },
         "sources": ["SnapGen, arXiv 2412.09619", "SnapGen++, arXiv 2601.08303 v2"],
         "finished": True,
-        "next": f"nas train {folder.name}#{best['key']}",
+        "next": f"nas train {folder.name}#{chosen['key']}",
+    }
+
+
+def _since(rows):
+    """What later versions added to study.json."""
+    shares = np.random.default_rng(1).dirichlet(np.ones(len(CHOICES)), 2)
+    importance = {
+        name: {c: {"share": float(s), "chance": 0.05} for c, s in zip(CHOICES, shares[i], strict=True)}
+        for i, name in enumerate(("quality", "latency"))
+    }
+    first = {"text": "1.4s@iphone", "ms": BUDGET_MS, "device": "iphone-16-pro-max--coreml--fp16", "per_step": False}
+    second = {"text": "0.9s@galaxy-s24", "ms": 900.0, "device": "galaxy-s24--tflite--fp16", "per_step": False}
+    return {
+        "importance": importance | {"scored": len(rows), "priced": 500, "method": "PED-ANOVA (arXiv 2304.10255)"},
+        "budgets": [{**first, "confidence": CONFIDENCE}, {**second, "confidence": CONFIDENCE}],
+        "limits": {"max_params": 600_000_000, "max_memory_bytes": None, "max_weight_bytes": None},
+        "rejected": {"1.4s@iphone": 0.623, "0.9s@galaxy-s24": 0.31, "--max-params 600M": 0.08},
+        "rejected_alone": {"1.4s@iphone": 0.32, "0.9s@galaxy-s24": 0.015, "--max-params 600M": 0.0},
+        "sampler": "front",
+        "storage": "journal.log",
+        "changed": ["budget 1.2s@iphone is now 1.4s@iphone"],
+        "reuse": {"available": 31, "used": 12, "seconds_saved": 90.0},
     }
 
 

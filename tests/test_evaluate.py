@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from nas import components
 from nas.components import Part
 from nas.device import Budget, Target
 from nas.errors import NasError, UsageError
-from nas.evaluate import Evaluator, breakdown, terms, with_pipeline
+from nas.evaluate import DeviceBudget, Evaluator, Limits, breakdown, terms, with_pipeline
 from nas.space import load_space
 from tests.toy_space import ToyPredictor, write_space
 
@@ -38,15 +39,18 @@ def space(tmp_path):
 def sheet(monkeypatch):
     monkeypatch.setattr(components, "charge", lambda component, px, *_: PARTS[component.name])
     return SimpleNamespace(
-        slug="toy--none--fp32", chip="", target=Target(device="toy", runtime="none", precision="fp32")
+        slug="toy--none--fp32", alias="toy", chip="", target=Target(device="toy", runtime="none", precision="fp32")
     )
 
 
 def evaluator(space, sheet, budget, confidence=0.8):
-    return Evaluator(
-        space=space,
+    return Evaluator(space=space, budgets=(device_budget(space, sheet, budget, confidence),))
+
+
+def device_budget(space, sheet, budget, confidence=0.8, scale=1.0):
+    return DeviceBudget(
         sheet=sheet,
-        predictor=ToyPredictor(),
+        predictor=ToyPredictor(scale=scale),
         terms=terms(space, sheet, Budget.parse(budget), confidence),
     )
 
@@ -196,8 +200,77 @@ def test_an_unreachable_budget_names_the_fastest_candidate_and_the_gap(space, sh
     evaluator(space, sheet, f"{fastest.latency_high_ms + 0.01:.3f}ms@toy").check_reachable()
 
 
-def test_the_feasible_share_is_that_of_the_space(space, sheet):
-    everything = evaluator(space, sheet, "10s@toy").price(list(space.enumerate()))
-    middle = float(np.median([e.latency_high_ms for e in everything]))
-    exact = np.mean([e.latency_high_ms <= round(middle, 3) for e in everything])
-    assert evaluator(space, sheet, f"{middle:.3f}ms@toy").feasible_share() == pytest.approx(exact)
+def test_the_first_budget_is_the_axis_and_every_budget_must_be_met(space, sheet):
+    slow = SimpleNamespace(slug="slow--none--int8", alias="slow", target=replace(sheet.target, precision="int8"))
+    candidates = list(space.enumerate())
+    alone = evaluator(space, sheet, "10s@toy").price(candidates)
+    ms = float(np.median([e.latency_high_ms for e in alone]))
+    first, second = f"{ms:.3f}ms@toy", f"{2 * ms:.3f}ms@slow"
+    both = Evaluator(
+        space=space,
+        budgets=(device_budget(space, sheet, first), device_budget(space, slow, second, scale=4.0)),
+    )
+    found = both.price(candidates)
+    assert [e.latency_ms for e in found] == [e.latency_ms for e in alone]
+    for each in found:
+        there = each.others["slow"]
+        assert there["latency_ms"] == pytest.approx(7.0 + 4 * 4 * each.step_ms)
+        assert there["latency_low_ms"] < there["latency_ms"] < there["latency_high_ms"]
+        fits = (each.latency_high_ms <= both.budgets[0].most, there["latency_high_ms"] <= both.budgets[1].most)
+        assert each.feasible == all(fits)
+        assert each.violated == tuple(b.name for b, fit in zip(both.budgets, fits, strict=True) if not fit)
+        assert (there["meets_budget_probability"] >= 0.8) == fits[1]
+    assert {e.violated for e in found} > {(), (both.budgets[1].name,)}
+    reason = next(e.reason for e in found if len(e.violated) == 2)
+    assert reason.count("latency bound") == 2
+    assert f"ms over {both.budgets[0].name}; latency bound" in reason
+
+
+def test_limits_are_met_beside_the_budget(space, sheet):
+    candidates = list(space.enumerate())
+    found = evaluator(space, sheet, "10s@toy").price(candidates)
+    params = sorted(e.params for e in found)
+    limited = Evaluator(
+        space=space,
+        budgets=(device_budget(space, sheet, "10s@toy"),),
+        limits=Limits(max_params=params[len(params) // 2]),
+    )
+    for before, after in zip(found, limited.price(candidates), strict=True):
+        assert after.feasible == (before.params <= params[len(params) // 2])
+        assert after.violated == (() if after.feasible else (limited.constraints[1].name,))
+
+
+def test_what_may_change_in_a_study_is_told_apart_by_the_identity(space, sheet):
+    one = evaluator(space, sheet, "10s@toy")
+    others = [
+        evaluator(space, sheet, "9s@toy"),
+        evaluator(space, sheet, "10s@toy", 0.9),
+        replace(one, limits=Limits(max_params=5)),
+        replace(one, space=with_pipeline(space, steps=8)),
+        replace(one, budgets=(device_budget(space, sheet, "10s@toy", scale=2.0),)),
+        replace(one, budgets=(*one.budgets, *one.budgets)),
+    ]
+    identities = [json.dumps(each.identity(), sort_keys=True) for each in (one, *others)]
+    assert len(set(identities)) == len(identities)
+    assert evaluator(space, sheet, "10s@toy").identity() == one.identity()
+    assert json.loads(identities[0]) == one.identity()
+    changed = {name for name, value in others[0].identity().items() if value != one.identity()[name]}
+    assert changed == {"budgets"}
+
+
+def test_the_pool_is_the_feasible_part_of_a_small_space_with_its_latencies(space, sheet):
+    candidates = list(space.enumerate())
+    ms = float(np.median([e.latency_high_ms for e in evaluator(space, sheet, "10s@toy").price(candidates)]))
+    bounded = evaluator(space, sheet, f"{ms:.3f}ms@toy")
+    priced = {c.row: e for c, e in zip(candidates, bounded.price(candidates), strict=True)}
+    rows, latency_ms, features = bounded.problem_pool(1000, seed=3)
+    assert {tuple(row) for row in rows} == {row for row, e in priced.items() if e.feasible}
+    assert latency_ms == pytest.approx([priced[tuple(row)].latency_ms for row in rows])
+    assert np.ptp(features, axis=0).min() > 0
+    assert features[:, 0] == pytest.approx(np.log2([priced[tuple(row)].params for row in rows]))
+    again_ms, again = bounded.features(rows)
+    assert np.array_equal(again, features)
+    assert again_ms == pytest.approx(latency_ms)
+    near, near_ms, near_features = bounded.neighbours(rows[:1], seed=0)
+    assert {tuple(row) for row in near} <= {tuple(row) for row in rows[1:]}
+    assert (near_ms.shape, near_features.shape[1]) == ((len(near),), features.shape[1])

@@ -23,7 +23,7 @@ LINES = (
     "page search remeasure students fidelity",
     "study",
     "cluster sampler",
-    "record stopping",
+    "record stopping importance scores",
     "evaluate",
     "quality",
     "proxies",
@@ -54,7 +54,7 @@ LEVEL = {room: level for level, line in enumerate(LINES) for room in line.split(
 
 TORCH_FREE = set(" ".join(LINES[LINES.index("formats locate edit") :]).split()) | {"cli", "report", "page"}
 CONFINED = {
-    "optuna": {"nas/study", "nas/sampler.py"},
+    "optuna": {"nas/study", "nas/sampler", "nas/importance.py"},
     "plotly": {"nas/report", "nas/page", "nas/profile"},
     "typer": {"nas/cli"},
     "webdataset": {"nas/tasks/latents", "nas/cache"},

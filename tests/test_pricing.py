@@ -1,4 +1,4 @@
-"""Table prices equal the sums over each candidate's own blocks; the fastest candidate is found."""
+"""Table prices equal the sums over each candidate's own blocks; the lowest candidate is found."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nas.cost import network_peak_bytes
 from nas.errors import NasError, UsageError
 from nas.network import Position, block
 from nas.op import FEATURES, features
-from nas.pricing import Pricer, fastest
+from nas.pricing import Pricer, changed, lowest
 from nas.pricing.slots import Index, grouped, slots
 from nas.space import load_space
 from nas.space_file import Choice
@@ -245,45 +245,52 @@ def test_a_family_that_breaks_the_contract_is_named(space, monkeypatch, problem)
         slots(space)
 
 
-class Weighted:
-    """Milliseconds as a weighted sum of features."""
-
-    def __init__(self, **weights):
-        self.weights = np.array([weights.get(name.replace(".", "_"), 0.0) for name in FEATURES])
-
-    def predict(self, features):
-        ms = features @ self.weights
-        return ms, ms, ms
+def weighted(**weights):
+    """A measure: a weighted sum of features."""
+    each = np.array([weights.get(name.replace(".", "_"), 0.0) for name in FEATURES])
+    return lambda prices: prices.features @ each
 
 
-def test_the_fastest_is_the_fastest_of_all(space, pricer):
-    predictor = Weighted(conv_macs=2.0, pointwise_macs=1.0, linear_macs=0.5, attention_macs=3.0, norm_bytes=40.0)
+def test_the_lowest_is_the_lowest_of_all(space, pricer):
+    measure = weighted(conv_macs=2.0, pointwise_macs=1.0, linear_macs=0.5, attention_macs=3.0, norm_bytes=40.0)
     everything = np.array([candidate.row for candidate in space.enumerate()])
-    best = predictor.predict(pricer.rows(everything).features)[0].min()
-    row, ms = fastest(pricer, predictor, samples=20, seed=1)
-    assert ms == pytest.approx(best, rel=1e-12)
-    assert predictor.predict(pricer.rows(row[None]).features)[0][0] == pytest.approx(ms)
+    best = measure(pricer.rows(everything)).min()
+    row, value = lowest(pricer, measure, samples=20, seed=1)
+    assert value == pytest.approx(best, rel=1e-12)
+    assert measure(pricer.rows(row[None]))[0] == pytest.approx(value)
 
 
-def test_fastest_obeys_the_rules(space, pricer):
+def test_the_lowest_obeys_the_rules(space, pricer):
     """Rewarding depth in the up path alone would break a rule of the space."""
-    rewarded = Weighted(conv_macs=1.0, pointwise_macs=1.0, attention_count=-1000.0)
-    row, _ = fastest(pricer, rewarded, samples=50)
+    row, _ = lowest(pricer, weighted(conv_macs=1.0, pointwise_macs=1.0, attention_count=-1000.0), samples=50)
     assert space.allowed(row[None]).all()
     assert np.array_equal(space.canonical(row[None])[0], row)
 
 
 def test_a_reference_is_a_starting_point(full):
     """With one random candidate and nothing to gain elsewhere, the search must still start from the references."""
-
-    class Only:
-        def predict(self, values):
-            ms = np.abs(values[:, FEATURES.index("linear.macs")] - target)
-            return ms, ms, ms
-
-    pricer = Pricer(full)
+    pricer, column = Pricer(full), FEATURES.index("linear.macs")
     reference = full.reference("snapgen")
-    target = pricer.rows(np.array([reference.row])).features[0, FEATURES.index("linear.macs")]
-    row, ms = fastest(pricer, Only(), samples=1)
-    assert ms == 0
+    target = pricer.rows(np.array([reference.row])).features[0, column]
+    row, value = lowest(pricer, lambda prices: np.abs(prices.features[:, column] - target), samples=1)
+    assert value == 0
     assert tuple(row) == reference.row
+
+
+def test_a_given_start_is_looked_at(space, pricer):
+    everything = np.array([candidate.row for candidate in space.enumerate()])
+    start = everything[len(everything) // 2]
+    own = pricer.rows(start[None]).params[0]
+    row, value = lowest(pricer, lambda prices: (prices.params != own).astype(float), samples=1, starts=[start])
+    assert (tuple(row), value) == (tuple(start), 0.0)
+
+
+def test_single_changes_are_the_allowed_rows_that_differ_in_one_choice(space):
+    everything = np.array([candidate.row for candidate in space.enumerate()])
+    for row in everything[:: len(everything) // 5]:
+        found = {tuple(each) for each in changed(space, row[None])}
+        one_away = {tuple(each) for each in everything if (each != row).sum() == 1}
+        assert one_away <= found
+        assert found <= {tuple(each) for each in everything}
+    both = {tuple(each) for each in changed(space, everything[:2])}
+    assert both == {tuple(each) for row in everything[:2] for each in changed(space, row[None])}

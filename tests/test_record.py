@@ -163,6 +163,29 @@ def test_a_study_of_another_schema_or_damaged_is_refused(folder):
         record.read_study(study)
 
 
+def elsewhere(evaluation, device, ms, probability):
+    there = {"latency_ms": ms, "latency_low_ms": ms - 1, "latency_high_ms": ms + 1}
+    return replace(evaluation, others={device: {**there, "meets_budget_probability": probability}})
+
+
+def test_every_budget_has_its_latency_columns(tmp_path):
+    space = load_space(write_space(tmp_path))
+    found = [elsewhere(evaluation("a", 100), "slow", 250.0, 0.75), elsewhere(evaluation("b", 90), "slow", 260.0, 0.5)]
+    frame = trials_frame(trials(*found), space)
+    assert list(frame["latency_ms"]) == [100, 90]
+    assert list(frame["latency_ms@slow"]) == [250.0, 260.0]
+    assert list(frame["meets_budget_probability@slow"]) == [0.75, 0.5]
+    names = list(frame.columns)
+    assert names.index("latency_high_ms@slow") == names.index("latency_low_ms@slow") + 1 < names.index("choice.width_0")
+    assert not {"others", "violated"} & set(names)
+    assert not [name for name in trials_frame(trials(evaluation("a")), space).columns if "@" in name]
+
+
+def test_a_recommendation_tells_the_chance_on_every_device():
+    why = recommend([elsewhere(evaluation("a", 100), "slow", 250.0, 0.81)])["why"]
+    assert "; 90% likely within the budget, 81% within that of slow" in why
+
+
 def test_an_inactive_choice_is_an_empty_cell(folder):
     study, _ = folder
     frame = pd.read_csv(study / "trials.csv", keep_default_na=False)

@@ -12,7 +12,7 @@ from synthetic_study import BUDGET_MS, CALLS, FIXED_MS, SNAPGEN, edited, make_st
 from nas.errors import NasError
 from nas.page import as_json
 from nas.page.numbers import decibels, duration, exact, milliseconds, percent, plain, scaled, significant
-from nas.report import build_report, data, figures, front, sections
+from nas.report import analysis, build_report, data, effects, figures, front, sections
 from nas.report.files import read_files
 
 
@@ -33,7 +33,8 @@ def page(study):
 
 def body(page):
     """The page without plotly.js."""
-    return page[page.index("<body>") :]
+    before, _, after = page[page.index("<body>") :].partition("<script>/**")
+    return before + after.partition("</script>")[2]
 
 
 # Numbers
@@ -100,7 +101,7 @@ def test_front_table_is_fastest_first_with_one_recommended_and_its_command(files
     assert (np.diff(table["quality"]) > 0).all()
     assert table["recommended"].sum() == 1
     best = table.loc[table["recommended"]].iloc[0]
-    assert best["quality"] == table["quality"].max()
+    assert best["quality"] >= table["quality"].max() - 2 * 0.09
     assert best["command"] == f"nas train 2026-01-02-snapgen_unet-iphone#{best['key']}"
 
 
@@ -175,19 +176,22 @@ def drawn(content):
 
 
 def test_plotly_accepts_every_figure(files):
+    relative = analysis.relative_quality(files)
     for content in (front.front(files), figures.parts(files, "stage"), figures.parts(files, "kind"),
-                    figures.choices(files), figures.hypervolume(files)):  # fmt: skip
+                    figures.choices(files), figures.hypervolume(files, "trial"), figures.hypervolume(files, "seconds"),
+                    effects.importance(files.record["importance"]), effects.values(files, relative, "quality (dB)"),
+                    effects.stability(files, analysis.front_probability(files))):  # fmt: skip
         figure = drawn(content)
         assert len(figure.data) == len(content["data"])
         titled = [a for a in (figure.layout.xaxis, figure.layout.yaxis) if a.title.text]
-        assert all(re.search(r"\((ms|dB|s·dB)\)|scored", a.title.text) for a in titled)
+        assert all(re.search(r"\((ms|dB|s·dB|%|s|min)\)|scored", a.title.text) for a in titled)
         for item in content["layout"].get("meta", {}).get("legend", []):
             assert all(0 <= i < len(content["data"]) for i in item["traces"])
 
 
 def test_every_colour_of_the_figures_is_defined_for_light_and_dark(page, files):
     contents = re.findall(r'class="figure-data">(.*?)</script>', body(page))
-    assert len(contents) == 5
+    assert len(contents) == 10
     tokens = set(re.findall(r'"@(\w+)"', "".join(contents))) | set(re.findall(r"--swatch:var\(--(\w+)\)", body(page)))
     style = page[page.index("<style>") : page.index("</style>")]
     light, dark = style.split("@media (prefers-color-scheme: dark)")[:2]
@@ -219,7 +223,7 @@ def test_the_front_figure_shows_interval_spread_budget_and_configuration(files):
 
 def test_the_page_says_what_to_take_and_what_the_budget_pays_for(page, files):
     text = body(page)
-    assert f'Take <b class="key">{files.recommended}</b>: the best proxy quality on the front' in text
+    assert f'Take <b class="key">{files.recommended}</b>: the fastest whose quality ties with the best' in text
     assert "text encoders 6.30 ms (published) and SnapGen decoder 119 ms (published) are paid first" in text
     assert "4 steps, which leaves 319 ms for each denoiser call" in text
     assert "with probability 80 % or more" in text
@@ -227,7 +231,7 @@ def test_the_page_says_what_to_take_and_what_the_budget_pays_for(page, files):
         assert f'id="candidate-{key}"' in text
         assert f'<tr data-key="{key}"' in text
     assert text.count('class="marked"') == 2  # its row and its card
-    assert "stands at the edge of the space in width 0" in text
+    assert "stands at the edge of the space in these ordered choices" in text
     assert "differences below two spreads" in text
     assert "SnapGen++, arXiv 2601.08303 v2" in text
     assert "No row has operators of kind lookup, depthwise" in text

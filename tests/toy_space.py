@@ -75,12 +75,14 @@ class ToyPredictor:
     """A millisecond per giga-MAC and per operator, known to ten per cent: bounds follow from `confidence` alone."""
 
     target: str = "toy--none--fp32"
+    scale: float = 1.0
     range_ms: tuple[float, float] = (1.0, 100.0)
     card: dict[str, Any] = field(default_factory=lambda: {"networks": 7, "rows": 7})
 
     @property
     def _costs(self) -> np.ndarray:
-        return np.array([10.0 if f.endswith(".macs") else 1.0 if f.endswith(".count") else 0.0 for f in FEATURES])
+        each = [10.0 if f.endswith(".macs") else 1.0 if f.endswith(".count") else 0.0 for f in FEATURES]
+        return self.scale * np.array(each)
 
     def predict(self, features: np.ndarray, confidence: float = 0.8) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         ms = features @ self._costs
@@ -102,4 +104,4 @@ class ToyPredictor:
         return np.zeros(len(features), dtype=bool)
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": "toy"}
+        return {"kind": "toy", "scale": self.scale}

@@ -13,7 +13,7 @@ import typer
 from typer.exceptions import TyperException
 
 from nas import __version__
-from nas.cli import browse, cache, cost, export, fidelity, inherit, profiles, sampling, search, training
+from nas.cli import browse, cache, cost, export, fidelity, inherit, profiles, sampling, search, training, worker
 from nas.cli.console import StoppedError, note, show_log
 from nas.errors import NasError
 
@@ -46,6 +46,7 @@ app.add_typer(browse.spaces, name="spaces")
 app.add_typer(browse.devices, name="devices")
 for verb in (
     search.search,
+    worker.worker,
     search.report,
     fidelity.fidelity,
     profiles.profile,

@@ -19,11 +19,29 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def search(
     space: Annotated[str, typer.Option(help="A space's name (nas spaces), or the path of its TOML file.")],
-    budget: Annotated[str, typer.Option(help="TIME@DEVICE: 1.4s@iphone for one image, 274ms/step@iphone per call.")],
-    trials: Annotated[int, typer.Option(help="How many candidates to spend a proxy run on.")] = 24,
+    budget: Annotated[
+        list[str],
+        typer.Option(
+            metavar="TIME@DEVICE",
+            help="1.4s@iphone for one image, 274ms/step@iphone per call. May be given again for other"
+            " devices; all must be met, and the first one's latency is the front's axis.",
+        ),
+    ],
+    max_params: Annotated[str | None, typer.Option(metavar="N", help="Most parameters of the network: 400M.")] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(metavar="BYTES", help="Most memory of weights and activations: 1.2GB.")
+    ] = None,
+    max_size: Annotated[
+        str | None,
+        typer.Option(metavar="BYTES", help="Most bytes of weights on disk, at the target's precision: 800MB."),
+    ] = None,
+    trials: Annotated[
+        int, typer.Option(help="How many candidates to spend a proxy run on; 0 re-prices kept scores alone.")
+    ] = 60,
+    sampler: Annotated[str, typer.Option(help="What proposes candidates: front, gp, tpe, nsga2 or random.")] = "front",
     seed: Annotated[int, typer.Option(help="Seed of the sampler.")] = 0,
     jobs: Annotated[int, typer.Option(help="Proxy runs side by side, one thread each.")] = 2,
-    confidence: Annotated[float, typer.Option(help="How sure the latency must be to lie within the budget.")] = 0.8,
+    confidence: Annotated[float, typer.Option(help="How sure each latency must be to lie within its budget.")] = 0.8,
     resolution: Annotated[int | None, typer.Option(metavar="PX", help="Image side instead of the space's.")] = None,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -42,6 +60,22 @@ def search(
         typer.Option(help="A folder that nas cache wrote: candidates are then tried at full size on its latents."),
     ] = None,
     train_on: Annotated[str, typer.Option(help="Where candidates are trained: cpu, cuda or cuda:N.")] = "cpu",
+    reuse: Annotated[
+        bool,
+        typer.Option(
+            "--reuse/--no-reuse", help="Take scores that earlier studies paid for, and keep those of this one."
+        ),
+    ] = True,
+    storage: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="postgresql://, sqlite:/// or grpc:// instead of a journal in the folder."),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Run the proxies on this Ray cluster ('auto': this machine's)."),
+    ] = None,
+    cpus_per_proxy: Annotated[float, typer.Option(help="CPUs of a proxy run on Ray.")] = 1.0,
+    gpus_per_proxy: Annotated[float, typer.Option(help="GPUs of a proxy run on Ray; may be a part of one.")] = 0.0,
     out: Annotated[Path | None, typer.Option(help="Study folder (default reports/DATE-SPACE-DEVICE).")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming the same search.")] = False,
     dry_run: Annotated[
@@ -53,7 +87,11 @@ def search(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Search a space within a latency budget. Writes a study and its page; the same command resumes a search."""
+    """Search a space within latency budgets. Writes a study and its page; the same command resumes a search.
+
+    With --out FOLDER of a study that is there, budgets, limits and trials may change: it goes on under the new ones.
+    """
+    from nas.evaluate import Limits
     from nas.proxies import settings_of
     from nas.quality import ProxySettings, on_latents
     from nas.search import SearchSettings, plan_search, preview, run_search
@@ -63,8 +101,10 @@ def search(
         chosen = on_latents(chosen or ProxySettings(), data, train_on)
     settings = SearchSettings(
         space=space,
-        budget=budget,
+        budgets=tuple(budget),
+        limits=Limits.parse(params=max_params, memory=max_memory, size=max_size),
         trials=trials,
+        sampler=sampler,
         seed=seed,
         jobs=jobs,
         confidence=confidence,
@@ -78,6 +118,11 @@ def search(
         prune=prune,
         prune_confidence=prune_confidence,
         train_on=train_on,
+        reuse=reuse,
+        storage=storage,
+        ray=ray,
+        cpus_per_proxy=cpus_per_proxy,
+        gpus_per_proxy=gpus_per_proxy,
         out=out,
         fresh=fresh,
         command=command_line(),
@@ -141,10 +186,12 @@ def _print_preview(found: dict[str, Any], as_json: bool) -> None:
     budget, pipeline = found["budget"], found["pipeline"]
     result(f"space     {found['space']}, {found['space_size']:,} distinct candidates")
     result(f"target    {found['target']}")
-    result(f"budget    {budget['text']}, which leaves {budget['step_budget_ms']:.0f} ms for one denoiser call")
+    for each in found["budgets"]:
+        result(f"budget    {each['text']}, which leaves {each['step_budget_ms']:.0f} ms for one denoiser call")
     if not budget["per_step"]:
         _print_parts(pipeline)
     result(f"feasible  {found['feasible_share']:.1%} of the space at confidence {budget['confidence']:g}")
+    _print_rejected(found)
     for row in found["references"]:
         fits = "fits" if row["feasible"] else row["reason"]
         interval = f"{row['latency_low_ms']:.0f} to {row['latency_high_ms']:.0f}"
@@ -152,8 +199,24 @@ def _print_preview(found: dict[str, Any], as_json: bool) -> None:
     for warning in found["warnings"]:
         note(warning)
     result(_tested(found))
-    result(f"would spend {found['trials']} proxy runs")
+    result(f"would spend {found['trials']} proxy runs, proposed by the sampler {found['sampler']}{_reusable(found)}")
     closing(following=command_line(leave_out=("--dry-run",)))
+
+
+def _print_rejected(found: dict[str, Any]) -> None:
+    """What each budget and limit keeps out, where there are several."""
+    if len(found["rejected"]) < 2:
+        return
+    rows = [(name, f"{share:.1%}", f"{found['rejected_alone'][name]:.1%}") for name, share in found["rejected"].items()]
+    result(table(("constraint", "rejects of the space", "no other does"), rows))
+
+
+def _reusable(found: dict[str, Any]) -> str:
+    """How many scores are kept from earlier studies."""
+    reuse = found["reuse"]
+    if not reuse or not reuse["available"]:
+        return ""
+    return f"; {reuse['available']} kept scores are reused, {reuse['feasible']} of them within every budget and limit"
 
 
 def _print_parts(pipeline: dict[str, Any]) -> None:
@@ -175,15 +238,20 @@ def _interval(part: dict[str, Any]) -> str:
 def _print_search(found: SearchResult) -> None:
     record = found.record
     trials, recommended = record["trials"], record["recommended"]
+    for change in record["changed"]:
+        note(f"the study went on under other terms: {change}")
     for warning in record["warnings"]:
         note(warning)
-    share, confidence = record["infeasible"]["share_of_space"], record["budget"]["confidence"]
     result(
         f"{trials['proxied']} candidates scored in {duration(record['wall_s'])}; of the other proposals"
-        f" {trials['infeasible']} were infeasible{_reasons(record['infeasible']['reasons'])},"
-        f" {trials['forbidden']} against a rule, {trials['duplicates']} known, {trials['failed']} failed;"
-        f" {share:.0%} of the space is over the budget at confidence {confidence:g}"
+        f" {trials['infeasible']} were infeasible{_reasons(record)}, {trials['forbidden']} against a rule,"
+        f" {trials['duplicates']} known, {trials['failed']} failed; {_out(record)}"
     )
+    _print_rejected(record)
+    if record["reuse"] and record["reuse"]["used"]:
+        reuse = record["reuse"]
+        took = duration(reuse["seconds_saved"])
+        result(f"{reuse['used']} kept scores of earlier studies reused, which took {took} of proxy time")
     stopping = record["stopping"]
     if stopping["stopped"]:
         result(f"{stopping['stopped']} stopped early, {duration(stopping['saved_s'])} of proxy time saved (estimate)")
@@ -199,10 +267,13 @@ def _print_search(found: SearchResult) -> None:
             _score(member.quality_sd or 0.0, unit),
             f"{member.params / 1e6:.0f}",
             f"{member.macs / 1e9:.0f}",
+            *(f"{there['latency_ms']:.0f}" for there in member.others.values()),
         )
         for member in found.front
     ]
-    result(table(("candidate", "ms", "interval", "within", f"quality {unit}", "sd", "M params", "G MACs"), rows))
+    elsewhere = [f"ms on {budget['alias']}" for budget in record["budgets"][1:]]
+    header = ("candidate", "ms", "interval", "within", f"quality {unit}", "sd", "M params", "G MACs", *elsewhere)
+    result(table(header, rows))
     if not record["budget"]["per_step"]:
         _print_parts(record["pipeline"])
     for row in record["references"]:
@@ -215,10 +286,20 @@ def _print_search(found: SearchResult) -> None:
     result(_tested(record))
 
 
-def _reasons(counts: dict[str, int]) -> str:
-    """Why candidates are infeasible, where it is not the budget alone."""
-    found = [f"{count} {cause}" for cause, count in counts.items() if count and cause != "proxy run failed"]
-    return f" ({', '.join(found)})" if len(found) > 1 or (found and not counts["latency bound over the budget"]) else ""
+def _out(record: dict[str, Any]) -> str:
+    """How much of the space is left out."""
+    share, confidence = record["infeasible"]["share_of_space"], record["budget"]["confidence"]
+    what = "is over the budget" if len(record["rejected"]) == 1 else "breaks a budget or limit"
+    return f"{share:.0%} of the space {what} at confidence {confidence:g}"
+
+
+def _reasons(record: dict[str, Any]) -> str:
+    """Why candidates are infeasible, where it is not the first budget alone."""
+    counts = record["infeasible"]["reasons"]
+    found = {cause: count for cause, count in counts.items() if count and cause != "proxy run failed"}
+    if set(found) <= {f"latency bound over {record['budget']['text']}"}:
+        return ""
+    return f" ({', '.join(f'{count} {cause}' for cause, count in found.items())})"
 
 
 def _score(value: float | None, unit: str) -> str:

@@ -1,4 +1,4 @@
-"""Candidate -> Evaluation: what it costs, how long it takes, whether it fits the budget, and how well it learns.
+"""Candidate -> Evaluation: what it costs, how long it takes, whether it fits the budgets, and how well it learns.
 
 Cheap tests come first: cost and latency are known for every candidate from tables, so the proxy run is bought only for
 candidates that fit.
@@ -6,32 +6,54 @@ candidates that fit.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from nas.device import DeviceSheet
-from nas.errors import UsageError
+from nas.evaluate import pool, reach
 from nas.evaluate.budget import Terms, terms, with_pipeline
+from nas.evaluate.constraints import Constraint, DeviceBudget, Latencies, Limits
+from nas.evaluate.pool import Pool
+from nas.evaluate.reach import Shares
 from nas.evaluate.whole import Breakdown, Share, breakdown
 from nas.latency import LatencyPredictor
-from nas.network import Scalar
-from nas.pricing import PricedBlock, Pricer, Prices, fastest
+from nas.network import Scalar, short_hash
+from nas.pricing import PricedBlock, Pricer, Prices
 from nas.proxies import Score
 from nas.space import Candidate, SearchSpace
 
-__all__ = ["Breakdown", "Evaluation", "Evaluator", "Share", "Terms", "breakdown", "terms", "with_pipeline"]
+__all__ = [
+    "Breakdown",
+    "Constraint",
+    "DeviceBudget",
+    "Evaluation",
+    "Evaluator",
+    "Limits",
+    "Pool",
+    "Share",
+    "Shares",
+    "Terms",
+    "breakdown",
+    "terms",
+    "with_pipeline",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """One row of a study.
 
-    Latencies are predictions: `latency_low_ms` and `latency_high_ms` bound one image from below and above, each with
-    the budget's confidence. `quality` is the proxy's score (higher is better), None where the proxy was not
-    run; `text_quality` is its score of the conditional-minus-unconditional prediction, None where it gives none.
+    Latencies are predictions for the first budget's device: `latency_low_ms` and `latency_high_ms` bound one image from
+    below and above, each with the budget's confidence; `others` has `latency_ms`, both bounds and
+    `meets_budget_probability` on each further budget's device, by its name. A candidate is feasible where it meets
+    every budget and limit; `violated` names those that it does not. `quality` is the proxy's score (higher is better),
+    None where the proxy was not run; `text_quality` is its score of the conditional-minus-unconditional prediction,
+    None where it gives none.
     """
 
     key: str
@@ -53,6 +75,8 @@ class Evaluation:
     text_quality: float | None = None
     text_quality_sd: float | None = None
     seconds: float | None = None
+    others: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    violated: tuple[str, ...] = ()
 
     def with_quality(self, score: Score) -> Evaluation:
         """The same row with what the proxy run found."""
@@ -68,28 +92,65 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluator:
-    """Prices candidates of one space against one budget on one device."""
+    """Prices candidates of one space against budgets on devices and limits.
+
+    Attributes:
+        space: whose candidates.
+        budgets: at least one, of different devices; the first one's latency is the front's axis.
+        limits: what the network may have at most.
+    """
 
     space: SearchSpace
-    sheet: DeviceSheet
-    predictor: LatencyPredictor
-    terms: Terms
+    budgets: tuple[DeviceBudget, ...]
+    limits: Limits = Limits()
+
+    @property
+    def sheet(self) -> DeviceSheet:
+        """The first budget's device."""
+        return self.budgets[0].sheet
+
+    @property
+    def predictor(self) -> LatencyPredictor:
+        """The first budget's."""
+        return self.budgets[0].predictor
+
+    @property
+    def terms(self) -> Terms:
+        """The first budget's."""
+        return self.budgets[0].terms
 
     @cached_property
     def pricer(self) -> Pricer:
-        """The space's block tables at the target's precision."""
+        """The space's block tables at the first target's precision."""
         return Pricer(self.space, self.sheet.target.precision)
 
-    def upper_ms(self, features: np.ndarray) -> np.ndarray:
-        """[n]: the bound on one image that holds with the budget's confidence."""
-        return np.asarray(self.terms.total_high_ms(self.predictor.upper(features, self.terms.confidence)))
+    @cached_property
+    def constraints(self) -> tuple[Constraint, ...]:
+        """Everything that a candidate on the front must meet: the budgets, then the limits."""
+        precisions = tuple(dict.fromkeys(budget.sheet.target.precision for budget in self.budgets))
+        return (*self.budgets, *self.limits.constraints(self.sheet.target.precision, precisions))
+
+    def identity(self) -> dict[str, Any]:
+        """What decides latency and feasibility, as plain data: it may change while scores stay what they are."""
+        found = {
+            "budgets": [budget.name for budget in self.budgets],
+            "targets": [budget.sheet.slug for budget in self.budgets],
+            "predictors": [
+                short_hash(json.dumps(budget.predictor.to_json(), sort_keys=True)) for budget in self.budgets
+            ],
+            "confidence": self.terms.confidence,
+            "pipeline": None if all(budget.terms.budget.per_step for budget in self.budgets) else _paid_for(self.space),
+            "limits": asdict(self.limits),
+        }
+        return dict(json.loads(json.dumps(found)))
 
     def warnings(self, evaluations: Sequence[Evaluation]) -> tuple[str, ...]:
-        """What must be said beside these latencies: how many lie far outside what the predictor was fitted on."""
+        """What must be said beside these latencies: how many lie far outside what a predictor was fitted on."""
         if not evaluations:
             return ()
         rows = np.array([self.space.candidate(**dict(e.choices)).row for e in evaluations])
-        return self.predictor.warnings(self.pricer.rows(rows).features)
+        features = self.pricer.rows(rows).features
+        return tuple(said for budget in self.budgets for said in budget.predictor.warnings(features))
 
     def block_latencies(self, candidate: Candidate) -> list[tuple[PricedBlock, float]]:
         """Each block with its part of one denoiser call's predicted milliseconds; the parts add up to the whole."""
@@ -97,42 +158,61 @@ class Evaluator:
         parts = self.predictor.contributions(np.array([block.features for block in blocks]))
         return list(zip(blocks, (float(ms) for ms in parts), strict=True))
 
-    def feasible_share(self, n: int = 20_000, seed: int = 0) -> float:
-        """The share of the space that fits the budget, from `n` candidates drawn uniformly."""
-        prices = self.pricer.rows(self.space.sample(n, seed))
-        return float(np.mean(self.upper_ms(prices.features) <= self.terms.budget.ms))
+    def shares(self, n: int = 20_000, seed: int = 0) -> Shares:
+        """How much of the space each constraint rejects, from `n` candidates drawn uniformly."""
+        return reach.shares(self.pricer, self.constraints, n, seed)
 
     def check_reachable(self) -> None:
-        """Refuses a budget that nothing in the space can meet, before any proxy run.
+        """Refuses constraints that nothing in the space can meet, before any proxy run.
 
         Raises:
-            UsageError: names the fastest candidate, by how much it misses, and what would have to change.
+            UsageError: names them, the nearest candidate, by how much it misses, and what would have to change.
         """
-        row, _ = fastest(self.pricer, self.predictor)
-        found = self.price([self.space.from_row(row)])[0]
-        if found.feasible:
-            return
-        raise UsageError(
-            f"no candidate of {self.space.name} meets {self.terms.budget} with probability {self.terms.confidence:g}:"
-            f" the fastest found, {found.key}, takes {found.latency_ms:.0f} ms and is below"
-            f" {found.latency_high_ms:.0f} ms with that probability, {found.latency_high_ms - self.terms.budget.ms:.0f}"
-            f" ms over ({self.terms.fixed_high_ms:.4g} ms of it fixed parts)",
-            hint=f"a budget from {found.latency_high_ms:.0f} ms, a lower --confidence or --resolution, or a space with"
-            " smaller networks",
-        )
+        reach.reachable(self.pricer, self.constraints)
+
+    def problem_pool(self, n: int = 100_000, seed: int = 0) -> Pool:
+        """Candidates within every constraint, for a sampler to choose from; see `nas.evaluate.pool.drawn`.
+
+        Returns:
+            Rows int [m, choices] with m <= n (the whole space where it is small: at most 2 n), predicted latency_ms [m]
+            of the first budget, and features float [m, f] of the network (`nas.evaluate.pool.readable`, without
+            columns that do not vary in the space).
+
+        Raises:
+            UsageError: nothing meets the constraints.
+        """
+        start = reach.reachable(self.pricer, self.constraints)
+        return self._told(pool.drawn(self.pricer, self.budgets[0], self.constraints, n, seed, start))
+
+    def neighbours(self, rows: np.ndarray, seed: int = 0) -> Pool:
+        """The same of what differs from some rows [n, choices] in one choice or two; see `nas.evaluate.pool`."""
+        return self._told(pool.neighbours(self.pricer, self.budgets[0], self.constraints, rows, seed))
+
+    def features(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Predicted latency_ms [n] and features [n, f], as in `problem_pool`, of any canonical rows [n, choices]."""
+        prices = self.pricer.rows(rows)
+        return self.budgets[0].expected_ms(prices), pool.readable(prices)[:, self._varying]
+
+    @cached_property
+    def _varying(self) -> np.ndarray:
+        """Which of `nas.evaluate.pool.readable`'s columns differ between candidates of this space."""
+        found = pool.readable(self.pricer.rows(self.space.sample(2_000, 0)))
+        return np.flatnonzero(np.ptp(found, axis=0) > 0)
+
+    def _told(self, found: Pool) -> Pool:
+        rows, latency_ms, features = found
+        return rows, latency_ms, features[:, self._varying]
 
     def price(self, candidates: Sequence[Candidate], source: str = "search") -> list[Evaluation]:
         """Evaluations without quality: cost, latency with its interval, and whether it fits."""
         if not candidates:
             return []
-        rows = np.array([candidate.row for candidate in candidates])
-        prices = self.pricer.rows(rows)
-        step_ms, _, _ = self.predictor.predict(prices.features)
-        upper = self.upper_ms(prices.features)
-        lower = self.terms.total_low_ms(self.predictor.lower(prices.features, self.terms.confidence))
-        within = self.predictor.probability_within(prices.features, self.terms.step_budget_ms)
+        prices = self.pricer.rows(np.array([candidate.row for candidate in candidates]))
+        latencies = [budget.latencies(prices) for budget in self.budgets]
+        values = [latency.high_ms for latency in latencies]
+        values += [limit.values(prices) for limit in self.constraints[len(self.budgets) :]]
         return [
-            self._evaluation(candidate, i, prices, step_ms, lower, upper, within, source)
+            self._evaluation(candidate, i, prices, latencies, [float(each[i]) for each in values], source)
             for i, candidate in enumerate(candidates)
         ]
 
@@ -141,13 +221,12 @@ class Evaluator:
         candidate: Candidate,
         i: int,
         prices: Prices,
-        step_ms: np.ndarray,
-        lower: np.ndarray,
-        upper: np.ndarray,
-        within: np.ndarray,
+        latencies: Sequence[Latencies],
+        values: Sequence[float],
         source: str,
     ) -> Evaluation:
-        over = float(upper[i]) - self.terms.budget.ms
+        broken = [(each, value) for each, value in zip(self.constraints, values, strict=True) if value > each.most]
+        first = _latency(latencies[0], i)
         return Evaluation(
             key=candidate.key,
             choices=candidate.choices,
@@ -155,12 +234,34 @@ class Evaluator:
             macs=int(prices.macs[i]),
             weight_bytes=int(prices.weight_bytes[i]),
             peak_activation_bytes=int(prices.peak_activation_bytes[i]),
-            step_ms=float(step_ms[i]),
-            latency_ms=float(self.terms.total_ms(step_ms[i])),
-            latency_low_ms=float(lower[i]),
-            latency_high_ms=float(upper[i]),
-            meets_budget_probability=float(within[i]),
-            feasible=over <= 0,
-            reason="" if over <= 0 else f"latency bound {over:.0f} ms over the budget",
+            step_ms=float(latencies[0].step_ms[i]),
+            latency_ms=first["latency_ms"],
+            latency_low_ms=first["latency_low_ms"],
+            latency_high_ms=first["latency_high_ms"],
+            meets_budget_probability=first["meets_budget_probability"],
+            feasible=not broken,
+            reason="; ".join(each.broken(value) for each, value in broken),
             source=source,
+            others={
+                budget.sheet.alias: _latency(latency, i)
+                for budget, latency in zip(self.budgets[1:], latencies[1:], strict=True)
+            },
+            violated=tuple(each.name for each, _ in broken),
         )
+
+
+def _latency(found: Latencies, i: int) -> dict[str, float]:
+    """One candidate's latency under the names that `Evaluation` has for them."""
+    return {
+        "latency_ms": float(found.ms[i]),
+        "latency_low_ms": float(found.low_ms[i]),
+        "latency_high_ms": float(found.high_ms[i]),
+        "meets_budget_probability": float(found.probability[i]),
+    }
+
+
+def _paid_for(space: SearchSpace) -> dict[str, Any] | None:
+    """What a budget for a whole image is charged with; its words on where that comes from decide nothing."""
+    if space.pipeline is None:
+        return None
+    return {key: value for key, value in asdict(space.pipeline).items() if key != "source"}

@@ -22,6 +22,7 @@ from nas.paths import atomic_write
 
 Figure = dict[str, Any]
 _HERE = Path(__file__).parent
+_PRESSED, _UNPRESSED = 'aria-pressed="true" class="on"', 'aria-pressed="false"'
 _LONG = 40  # a text of more characters is broken into lines
 
 
@@ -135,13 +136,14 @@ def _legend_item(item: Mapping[str, Any]) -> str:
     text = swatch + escape(item["name"])
     if not item["traces"]:
         return f"<span>{text}</span>"
-    return f'<button type="button" class="key" data-traces="{escape(json.dumps(item["traces"]))}">{text}</button>'
+    traces = escape(json.dumps(item["traces"]))
+    return f'<button type="button" class="key" aria-pressed="true" data-traces="{traces}">{text}</button>'
 
 
 def views(slug: str, choices: Sequence[tuple[str, str]]) -> str:
     """Several bodies of which one is shown at a time; each is (name, HTML)."""
     buttons = "".join(
-        f'<button type="button" data-view="{i}"{" class=on" if i == 0 else ""}>{escape(name)}</button>'
+        f'<button type="button" data-view="{i}" {_PRESSED if i == 0 else _UNPRESSED}>{escape(name)}</button>'
         for i, (name, _) in enumerate(choices)
     )
     bodies = "".join(f"<div{' hidden' if i else ''}>{body}</div>" for i, (_, body) in enumerate(choices))
@@ -171,7 +173,9 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def write_page(path: Path, *, title: str, lead: str, sections: Sequence[Section], made_by: str) -> Path:
+def write_page(
+    path: Path, *, title: str, lead: str, sections: Sequence[Section], made_by: str, scripts: Sequence[Path] = ()
+) -> Path:
     """Writes the page whole or not at all.
 
     Args:
@@ -180,18 +184,21 @@ def write_page(path: Path, *, title: str, lead: str, sections: Sequence[Section]
         lead: HTML that stands above the sections: what a reader must know first.
         sections: in order; each becomes an entry of the contents.
         made_by: which version made it.
+        scripts: JavaScript files that run after the page's own and may call `nasPage.show({key, second, cursor})`.
     """
     from plotly.offline import get_plotlyjs
 
     contents = "".join(f'<a href="#{escape(s.slug)}">{escape(s.title)}</a>' for s in sections)
     body = "".join(f'<section id="{escape(s.slug)}"><h2>{escape(s.title)}</h2>{s.body}</section>' for s in sections)
+    code = "".join(f"<script>{script.read_text()}</script>" for script in (_HERE / "page.js", *scripts))
+    # plotly.js stands last: a reader has the words before its megabytes are parsed.
     document = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         f"<title>{escape(title)}</title>\n<style>{(_HERE / 'page.css').read_text()}</style>\n"
-        f"<script>{get_plotlyjs()}</script></head>\n<body><main><header><h1>{escape(title)}</h1>{lead}</header>"
+        f"</head>\n<body><main><header><h1>{escape(title)}</h1>{lead}</header>"
         f'<nav aria-label="contents">{contents}</nav>{body}<footer>{escape(made_by)}</footer></main>\n'
-        f"<script>{(_HERE / 'page.js').read_text()}</script></body></html>\n"
+        f"<script>{get_plotlyjs()}</script>{code}</body></html>\n"
     )
     return atomic_write(path, document)

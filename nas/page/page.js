@@ -16,6 +16,7 @@
 
   const draw = (figure) => {
     if (figure.plot.offsetParent === null) return;  // a hidden view has no width yet
+    figure.drawn = true;
     const { data, layout } = resolve(figure.source, getComputedStyle(document.documentElement));
     const wide = figure.plot.clientWidth >= 600;
     const meta = layout.meta || {};
@@ -24,7 +25,7 @@
       steps.reduce((node, step) => node[step], layout)[last] = value;
     });
     (figure.off || []).forEach((i) => { data[i].visible = false; });
-    if (chosen && meta.ring !== undefined) ring(data, meta.ring);
+    marks(figure).forEach(([shape, changes]) => Object.assign(layout.shapes[shape], changes));
     Plotly.react(figure.plot, data, layout, { responsive: true, displaylogo: false, displayModeBar: false });
     if (!figure.bound) {
       figure.bound = true;
@@ -32,32 +33,42 @@
     }
   };
 
+  // A point's key: its id, or where plotly would merge points of one id, its custom data or its trace's meta.
   const keyOf = (point) => {
-    const ids = point.data.ids;
-    return ids ? ids[Array.isArray(point.pointIndex) ? point.pointIndex[0] : point.pointIndex] : point.data.meta && point.data.meta.key;
+    const { ids, meta } = point.data;
+    return ids ? ids[Array.isArray(point.pointIndex) ? point.pointIndex[0] : point.pointIndex] : point.customdata || (meta && meta.key);
   };
 
-  // The ring around the chosen point: an empty trace that takes the point's place.
-  const ring = (data, index) => {
+  // Where the shapes that move stand: the rings around the chosen point and the one it is compared with, and the line
+  // of the slider. As [number of the shape, what changes of it].
+  const marks = (figure) => {
+    const meta = figure.source.layout.meta || {};
+    const rings = (meta.rings || []).map((shape, i) => {
+      const at = place(figure.source.data, [chosen, second][i]);
+      return [shape, at ? { visible: true, xanchor: at.x, yanchor: at.y } : { visible: false }];
+    });
+    return cursor !== null && meta.cursor !== undefined ? [...rings, [meta.cursor, { x0: cursor, x1: cursor }]] : rings;
+  };
+  const place = (data, key) => {
     for (const trace of data) {
-      const at = trace.ids ? trace.ids.indexOf(chosen) : -1;
-      if (at >= 0 && trace.y && trace.y[at] !== null && trace.mode && trace.mode.includes("markers")) {
-        data[index].x = [trace.x[at]];
-        data[index].y = [trace.y[at]];
-        return;
-      }
+      const at = key && trace.ids && trace.mode && trace.mode.includes("markers") ? trace.ids.indexOf(key) : -1;
+      if (at >= 0 && trace.y && trace.y[at] !== null && trace.yaxis === undefined) return { x: trace.x[at], y: trace.y[at] };
     }
+    return null;
   };
+  const move = (figure) => Plotly.relayout(figure.plot, Object.fromEntries(marks(figure).flatMap(([shape, changes]) =>
+    Object.entries(changes).map(([name, value]) => [`shapes[${shape}].${name}`, value]))));
 
-  let chosen = null;
-  const choose = (key) => {
-    const card = document.getElementById("candidate-" + key);
-    if (!card) return;
-    chosen = key;
+  let chosen = "", second = "", cursor = null;
+  const show = (next) => {
+    ({ key: chosen, second = "", cursor = cursor } = next);
+    const card = document.getElementById("candidate-" + chosen);
     document.querySelectorAll(".cards.choosable > article").forEach((a) => a.classList.toggle("chosen", a === card));
-    document.querySelectorAll("tr[data-key]").forEach((row) => row.classList.toggle("chosen", row.dataset.key === key));
-    figures.filter((f) => f.source.layout.meta && f.source.layout.meta.ring !== undefined).forEach(draw);
+    document.querySelectorAll("tr[data-key]").forEach((row) => row.classList.toggle("chosen", row.dataset.key === chosen));
+    figures.filter((f) => f.drawn && marks(f).length).forEach(move);
   };
+  const choose = (key) => { if (document.getElementById("candidate-" + key)) show({ key }); };
+  window.nasPage = { show };
 
   document.querySelectorAll("tr[data-key]").forEach((row) => {
     row.addEventListener("click", () => choose(row.dataset.key));
@@ -82,14 +93,14 @@
   document.querySelectorAll(".legend .key").forEach((key) => key.addEventListener("click", () => {
     const figure = figures.find((f) => f.root.contains(key));
     const traces = JSON.parse(key.dataset.traces), off = key.classList.toggle("off");
+    key.setAttribute("aria-pressed", String(!off));
     figure.off = (figure.off || []).filter((i) => !traces.includes(i)).concat(off ? traces : []);
     draw(figure);
   }));
 
   document.querySelectorAll(".views").forEach((views) => views.querySelectorAll(".tabs button").forEach((button, i) => button.addEventListener("click", () => {
-    views.querySelectorAll(".tabs button").forEach((b) => b.classList.toggle("on", b === button));
+    views.querySelectorAll(".tabs button").forEach((b) => { b.classList.toggle("on", b === button); b.setAttribute("aria-pressed", String(b === button)); });
     [...views.children].slice(1).forEach((body, j) => { body.hidden = i !== j; });
-    figures.filter((f) => views.contains(f.root)).forEach(draw);
   })));
 
   document.querySelectorAll("button.copy").forEach((button) => button.addEventListener("click", () => {
@@ -99,7 +110,16 @@
   }));
 
   const cards = document.querySelector(".cards[data-first]");
-  if (cards) { cards.classList.add("choosable"); chosen = cards.dataset.first; choose(chosen); }
-  figures.forEach(draw);
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => figures.forEach(draw));
+  if (cards) { cards.classList.add("choosable"); choose(cards.dataset.first); }
+
+  // A figure is drawn when it comes near the window, so that a long page opens at once.
+  const near = new IntersectionObserver((entries) => entries.filter((e) => e.isIntersecting).forEach((e) => {
+    near.unobserve(e.target);
+    draw(figures.find((f) => f.root === e.target));
+  }), { rootMargin: "800px" });
+  figures.forEach((figure) => near.observe(figure.root));
+  const again = () => figures.filter((f) => f.drawn).forEach(draw);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", again);
+  matchMedia("(min-width: 660px)").addEventListener("change", again);
+  addEventListener("beforeprint", () => figures.forEach(draw));
 })();

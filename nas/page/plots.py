@@ -26,6 +26,31 @@ def layout(height: int, **extra: Any) -> dict[str, Any]:
     }
 
 
+def rings() -> list[dict[str, Any]]:
+    """Two shapes for a layout whose meta names their places as "rings".
+
+    The page sets the first around the chosen point, the second around the one it is compared with.
+    """
+    return [
+        {
+            "type": "circle",
+            "visible": False,
+            "xref": "x",
+            "yref": "y",
+            "xsizemode": "pixel",
+            "ysizemode": "pixel",
+            "xanchor": 0,
+            "yanchor": 0,
+            "x0": -radius,
+            "x1": radius,
+            "y0": -radius,
+            "y1": radius,
+            "line": {"color": color, "width": width},
+        }
+        for radius, color, width in ((13, "@ink", 1.8), (10, "@muted", 1.2))
+    ]
+
+
 def axis(title: str = "", **extra: Any) -> dict[str, Any]:
     """An axis in the page's colours; `title` says the unit."""
     return {

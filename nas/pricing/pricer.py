@@ -47,6 +47,10 @@ class Prices:
     weight_bytes: np.ndarray
     peak_activation_bytes: np.ndarray
 
+    def of(self, some: np.ndarray) -> Prices:
+        """Those of some candidates, by a mask [n] or by their places."""
+        return Prices(**{f.name: getattr(self, f.name)[some] for f in fields(self)})
+
     def cost(self, i: int) -> Cost:
         """The cost of one candidate."""
         return Cost(

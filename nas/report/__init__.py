@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nas.page import write_page
-from nas.report import sections
+from nas.report import explorer, sections
 from nas.report.files import read_files
 
 __all__ = ["build_report"]
@@ -29,5 +29,6 @@ def build_report(folder: Path) -> Path:
         title=sections.title(files),
         lead=sections.lead(files),
         sections=sections.ordered(files),
+        scripts=(explorer.SCRIPT,),
         made_by=f"Study {files.record['name']}, nas {made.get('nas', '')}, {made.get('date', 'no date')}.",
     )

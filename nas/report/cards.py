@@ -7,8 +7,8 @@ from typing import Any
 
 from nas import page
 from nas.page import Cell, escape
-from nas.page.numbers import UNKNOWN, duration, known, label, percent, plain, scaled
-from nas.report import data
+from nas.page.numbers import UNKNOWN, duration, known, label, milliseconds, percent, plain, scaled
+from nas.report import findings
 from nas.report.files import DECIBELS, StudyFiles
 
 
@@ -28,13 +28,16 @@ def predictor(files: StudyFiles) -> str:
             f"No row has operators of kind {plain(card['never_seen'])}; a network that has such operators is refused."
         )
     words += [f"{str(warning)[:1].upper()}{str(warning)[1:]}." for warning in files.record.get("warnings", [])]
-    figures_of = [(_CARD.get(k, label(k.replace(".", ", "))), v) for k, v in _flat(card) if k not in ("never_seen",)]
+    figures_of = [
+        (_CARD.get(k, label(k.replace(".", ", "))), v) for k, v in _flat(card) if k not in ("never_seen", "residuals")
+    ]
     rows = [(name, _card_value(name, value)) for name, value in figures_of]
     coverage = held.get("coverage") if held else None
     return (
         page.paragraph(escape(" ".join(words)))
         + page.facts(rows)
         + (_coverage(coverage) if isinstance(coverage, dict) and coverage else "")
+        + _residuals(card.get("residuals"))
     )
 
 
@@ -100,6 +103,25 @@ def _coverage(coverage: Mapping[str, Any]) -> str:
         return ""
     return page.paragraph("How often the truth lay inside, on held-out rows:", "note") + page.table(
         ["bound", "promised", "measured", "rows"], rows
+    )
+
+
+def _residuals(found: Any) -> str:
+    """Each held-out row beside its prediction."""
+    rows: list[list[Cell | str]] = [
+        [
+            str(row.get("name") or row.get("subject")),
+            plain(row.get("chip")),
+            Cell(text=milliseconds(row["ms"]), sort=row["ms"]),
+            Cell(text=milliseconds(row["predicted"]), sort=row["predicted"]),
+            Cell(text=percent(row["error"]), sort=row["error"]),
+        ]
+        for row in (found if isinstance(found, list) else [])
+    ]
+    if not rows:
+        return ""
+    return page.paragraph("Each held-out row, predicted by a fit without it:", "note") + page.table(
+        ["network", "chip", "measured", "predicted", "error"], rows
     )
 
 
@@ -212,30 +234,19 @@ def record(files: StudyFiles) -> str:
     made = files.record
     trials, share = made["trials"], made["infeasible"]["share_of_space"]
     words = (
-        f"{percent(share)} of the space is over the budget"
+        f"{percent(share)} of the space is over {'a budget or limit' if files.limited else 'the budget'}"
         + (
             f" (from {plain(made['infeasible'].get('sampled'))} candidates drawn uniformly)"
             if made["infeasible"].get("sampled")
             else ""
         )
-        + f". Of {trials['asked']} proposals {trials['proxied']} were scored, {trials['infeasible']} were over budget,"
+        + f". Of {trials['asked']} proposals {trials['proxied']} were scored, {trials['infeasible']} were infeasible,"
         f" {trials.get('forbidden', 0)} against a rule, {trials['duplicates']} repeated an earlier one and"
         f" {trials['failed']} failed."
     )
     reasons = [f"{reason}: {count}" for reason, count in (made["infeasible"].get("reasons") or {}).items() if count]
-    edge = [
-        f"{label(str(e['choice']))} = {data.tidy(e['value'])} ({str(e['at']).removesuffix(' edge')} end)"
-        for e in made["edges"]
-    ]
-    body = page.paragraph(escape(words)) + page.bullets(reasons)
-    if edge:
-        body += page.paragraph(
-            f"The recommended point stands at the edge of the space in {escape(', '.join(edge))}: a larger space might"
-            " hold a better one.",
-            "warning",
-        )
-    else:
-        body += page.paragraph("The recommended point stands at no edge of the space's ordered choices.")
+    changed = [f"The study went on under other terms: {change}." for change in made.get("changed") or []]
+    body = page.paragraph(escape(words)) + page.bullets([*reasons, *changed]) + findings.edge_table(files)
     return body + page.command(str(made["command"])) + page.facts(_record_facts(made))
 
 
@@ -248,6 +259,7 @@ def _record_facts(made: Mapping[str, Any]) -> list[tuple[str, object]]:
         ("candidates in the space", scaled(made.get("space_size"))),
         ("target", made["target"]),
         ("teacher", plain(made.get("teacher"))),
+        *((name, plain(made[name])) for name in ("sampler", "storage") if made.get(name)),
         ("seed", plain(made["seed"])),
         ("workers", plain(made["jobs"])),
         ("search time", duration(made["wall_s"])),

@@ -15,6 +15,10 @@ from nas.report.files import StudyFiles
 FRONT, DOMINATED, OVER, UNPROXIED = "front", "dominated", "over budget", "not proxied"
 STOPPED, UNTRAINABLE = "stopped early", "not trainable"
 UNSCORED = (UNPROXIED, STOPPED, UNTRAINABLE)
+# Why a candidate within its space was not worth a proxy run: "latency bound 95 ms over the budget", "812MB, over
+# --max-size 700MB".
+_OVER = r"\d ms over |, over --"
+REUSED = "reused"  # the source of a score that an earlier study paid for
 _NUMBERED = re.compile(r"^(.*)_(\d+)$")
 
 
@@ -46,9 +50,9 @@ def choices_of(row: Mapping[str, Any]) -> dict[str, str]:
 def points(files: StudyFiles) -> pd.DataFrame:
     """Every distinct candidate once, with how it stands.
 
-    `standing` is front, dominated, over budget (proxied all the same: a reference), not proxied (over budget by
-    prediction, so no quality was bought), stopped early (it could not reach the front any more), or not trainable
-    (within the budget, but training diverged or ran out of memory). Failed trials have no point.
+    `standing` is front, dominated, over budget (proxied all the same: a reference), not proxied (over a budget or a
+    limit, so no quality was bought), stopped early (it could not reach the front any more), or not trainable
+    (within every limit, but training diverged or ran out of memory). Failed trials have no point.
 
     Returns:
         The columns of trials.csv and `standing`, in the order of the trials.
@@ -57,14 +61,20 @@ def points(files: StudyFiles) -> pd.DataFrame:
     frame = frame.drop_duplicates("key", keep="first").reset_index(drop=True)
     on_front = frame["key"].isin(set(files.front["key"]))
     feasible = frame["feasible"].astype(str).str.lower() == "true"
-    fits = frame["latency_high_ms"] <= float(files.record["budget"]["ms"])
+    beyond = frame["reason"].str.contains(_OVER)
     unscored = (frame["state"] != "proxied") | frame["quality"].isna()
     standing = np.select(
-        [on_front, frame["state"] == "stopped", (frame["state"] == "infeasible") & fits, unscored, ~feasible],
+        [on_front, frame["state"] == "stopped", (frame["state"] == "infeasible") & ~beyond, unscored, ~feasible],
         [FRONT, STOPPED, UNTRAINABLE, UNPROXIED, OVER],
         default=DOMINATED,
     )
     return frame.assign(standing=standing)
+
+
+def scored(files: StudyFiles) -> pd.DataFrame:
+    """Of `points`, those that have a score, over the budget or not."""
+    frame = points(files)
+    return frame[~frame["standing"].isin(UNSCORED)].reset_index(drop=True)
 
 
 def front_table(files: StudyFiles) -> pd.DataFrame:
@@ -144,7 +154,7 @@ def _stage_rank(stage: str) -> tuple[int, int]:
 
 def varied_choices(files: StudyFiles) -> list[str]:
     """The choices that took more than one value among the proxied candidates."""
-    proxied = _proxied(files)
+    proxied = scored(files)
     return [c for c in files.choices if len(set(proxied[f"choice.{c}"].map(tidy)) - {""}) > 1]
 
 
@@ -157,7 +167,7 @@ def choice_lines(files: StudyFiles) -> pd.DataFrame:
     Returns:
         Columns key, standing, quality, axis, value (text), position.
     """
-    frame = _proxied(files).sort_values("quality", kind="stable").reset_index(drop=True)
+    frame = scored(files).sort_values("quality", kind="stable").reset_index(drop=True)
     rank = np.linspace(-0.5, 0.5, len(frame)) if len(frame) > 1 else np.zeros(len(frame))
     parts = []
     for name in varied_choices(files):
@@ -174,11 +184,6 @@ def choice_lines(files: StudyFiles) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def _proxied(files: StudyFiles) -> pd.DataFrame:
-    frame = points(files)
-    return frame[~frame["standing"].isin(UNSCORED)].reset_index(drop=True)
-
-
 def _axis(frame: pd.DataFrame, name: str, values: pd.Series, position: pd.Series) -> pd.DataFrame:
     return frame[["key", "standing", "quality"]].assign(axis=name, value=values, position=position)
 
@@ -192,10 +197,23 @@ def ordered(values: set[str]) -> list[str]:
 
 
 def hypervolume_curve(files: StudyFiles) -> pd.DataFrame:
-    """Columns trial (the n-th proxied, from 1), value, improved (bool)."""
+    """The hypervolume after each scored candidate.
+
+    Returns:
+        Columns trial (the n-th scored, from 1), value, improved (bool), and seconds: what this study had spent on proxy
+        runs by then, all workers together; scores taken over from earlier studies cost none. NaN where trials.csv does
+        not tell.
+    """
     values = np.array(files.record["hypervolume"]["values"], dtype=float)
     improved = np.diff(values, prepend=0.0) > 1e-12
-    return pd.DataFrame({"trial": np.arange(1, len(values) + 1), "value": values, "improved": improved})
+    trials = files.trials.sort_values("number", kind="stable")
+    spent = trials["seconds"].where(trials["source"] != REUSED, 0.0).fillna(0.0).cumsum()
+    seconds = spent[trials["state"] == "proxied"].to_numpy()
+    if len(seconds) != len(values):
+        seconds = np.full(len(values), np.nan)
+    return pd.DataFrame(
+        {"trial": np.arange(1, len(values) + 1), "value": values, "improved": improved, "seconds": seconds}
+    )
 
 
 def reference_point(files: StudyFiles) -> tuple[float, float]:

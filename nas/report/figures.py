@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from nas.page import Figure, escape
-from nas.page.numbers import milliseconds, percent, significant
+from nas.page.numbers import duration, milliseconds, percent, significant
 from nas.page.plots import axis, layout
 from nas.report import data
 from nas.report.files import StudyFiles
@@ -108,7 +108,8 @@ def choices(files: StudyFiles) -> Figure:
     lines = data.choice_lines(files)
     axes = list(dict.fromkeys(lines["axis"]))
     depth = {name: i for i, name in enumerate(axes)}
-    front_keys = data.front_table(files)["key"].tolist()
+    # The recommended one last, on top of the others.
+    front_keys = sorted(data.front_table(files)["key"], key=lambda key: key == files.recommended)
     others = lines[~lines["key"].isin(front_keys)]
     traces: list[dict[str, Any]] = [_bundle(others, depth)]
     for i, key in enumerate(front_keys):
@@ -122,7 +123,7 @@ def choices(files: StudyFiles) -> Figure:
                 "line": {"color": colour, "width": width, "shape": "linear"},
                 "marker": {"color": colour, "size": 5},
                 "opacity": 1.0 if key == files.recommended else 0.35 + 0.5 * (i + 1) / len(front_keys),
-                "ids": [key] * len(line),
+                "meta": {"key": key},
                 "text": [
                     f"<b>{key}</b><br>{_axis_name(a, files.unit)} {v}"
                     for a, v in zip(line["axis"], line["value"], strict=True)
@@ -208,31 +209,45 @@ def _axis_values(lines: pd.DataFrame, depth: Mapping[str, int]) -> list[dict[str
     return notes
 
 
-def hypervolume(files: StudyFiles) -> Figure:
-    """How much of the space between the fixed corner and the front was covered after each proxied trial."""
+def hypervolume(files: StudyFiles, over: str) -> Figure:
+    """How much of the space between the fixed corner and the front was covered, over "seconds" or over each "trial"."""
     curve = data.hypervolume_curve(files)
-    better = curve[curve["improved"]]
     unit = str(files.record["hypervolume"].get("unit", "ms·dB"))
+    scale, time_unit = _time_scale(float(curve["seconds"].max()))
+    title = "candidates scored" if over == "trial" else f"proxy time, all workers together ({time_unit})"
+    x = curve["trial"] if over == "trial" else curve["seconds"] / scale
+    better = curve["improved"]
     return {
         "data": [
             {
-                "x": curve["trial"].tolist(),
+                "x": x.tolist(),
                 "y": curve["value"].tolist(),
                 "mode": "lines",
                 "line": {"shape": "hv", "color": "@accent", "width": 2},
-                "hovertemplate": "after %{x}: %{y:.3g}<extra></extra>",
+                "hoverinfo": "skip",
             },
             {
-                "x": better["trial"].tolist(),
-                "y": better["value"].tolist(),
+                "x": x[better].tolist(),
+                "y": curve.loc[better, "value"].tolist(),
                 "mode": "markers",
                 "marker": {"color": "@accent", "size": 7},
-                "hovertemplate": "trial %{x} improved it to %{y:.3g}<extra></extra>",
+                "text": [
+                    f"candidate {row['trial']:.0f}, after {duration(row['seconds'])} of proxy time:"
+                    f"<br>improved to {significant(row['value'])} {unit}"
+                    for row in curve[better].to_dict("records")
+                ],
+                "hovertemplate": "%{text}<extra></extra>",
             },
         ],
         "layout": layout(
             300,
-            xaxis=axis("candidates scored", rangemode="tozero"),
+            xaxis=axis(title, rangemode="tozero"),
             yaxis=axis(f"hypervolume ({unit})", rangemode="tozero"),
+            hovermode="closest",
         ),
     }
+
+
+def _time_scale(seconds: float) -> tuple[float, str]:
+    """Seconds per unit, and the unit that suits a time of this length."""
+    return (3600.0, "h") if seconds > 3 * 3600 else (60.0, "min") if seconds > 180 else (1.0, "s")

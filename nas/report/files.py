@@ -80,6 +80,7 @@ class StudyFiles:
         folder: where the files lie; its name is the study's on the command line.
         record: study.json.
         trials: trials.csv; numbers are floats with NaN where there is none, choices are text with "" where inactive.
+            Latencies on a further budget's device are in columns such as `latency_ms@galaxy-s24`.
         front: front.csv, the same columns, fastest first.
         blocks: blocks.csv, the front's blocks.
     """
@@ -104,6 +105,17 @@ class StudyFiles:
     def judges_text(self) -> bool:
         """Whether the proxy says how far captions are followed."""
         return bool(self.trials["text_quality"].notna().any())
+
+    @property
+    def elsewhere(self) -> list[str]:
+        """The devices of the further budgets; each has columns such as `latency_ms@DEVICE` in trials.csv."""
+        return [c.removeprefix("latency_ms@") for c in self.trials.columns if c.startswith("latency_ms@")]
+
+    @property
+    def limited(self) -> bool:
+        """Whether candidates had to meet more than one latency budget."""
+        limits = (self.record.get("limits") or {}).values()
+        return len(self.record.get("budgets") or []) > 1 or any(limit is not None for limit in limits)
 
     @property
     def choices(self) -> list[str]:
@@ -177,6 +189,8 @@ def _frame(path: Path, text: tuple[str, ...], numbers: tuple[str, ...]) -> pd.Da
             row = int(bad.to_numpy().argmax())
             raise NasError(f"{path}:{row + 2}: {name} must be a number, got {frame[name].iloc[row]!r}", hint=_AGAIN)
         frame[name] = column.astype(float)
+    for name in (c for c in frame.columns if "@" in c and not c.startswith("choice.")):
+        frame[name] = pd.to_numeric(frame[name], errors="coerce").astype(float)
     return frame
 
 

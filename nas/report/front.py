@@ -10,8 +10,8 @@ import pandas as pd
 
 from nas.page import Figure, escape
 from nas.page.numbers import decibels, exact, known, milliseconds, percent, scaled, significant
-from nas.page.plots import axis, layout
-from nas.report import data
+from nas.page.plots import axis, layout, rings
+from nas.report import analysis, data
 from nas.report.files import DECIBELS, StudyFiles
 
 
@@ -45,6 +45,18 @@ def hover(row: Mapping[str, Any], name: str = "", unit: str = DECIBELS) -> str:
     return "<br>".join(lines)
 
 
+def elsewhere(files: StudyFiles, row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """A row's latency on the device of each further budget, with its bounds: (what, figure)."""
+    return [
+        (
+            f"latency on {device}",
+            f"{milliseconds(row[f'latency_ms@{device}'])}, {milliseconds(row[f'latency_low_ms@{device}'])} to"
+            f" {milliseconds(row[f'latency_high_ms@{device}'])}",
+        )
+        for device in files.elsewhere
+    ]
+
+
 def front(files: StudyFiles) -> Figure:
     """Latency against quality, with the budget; over it and without quality: ticks along the bottom."""
     points, references = data.points(files), data.references(files)
@@ -65,13 +77,14 @@ def front(files: StudyFiles) -> Figure:
             xaxis=axis(f"predicted latency of one {what} (ms)", range=[low, high], anchor="y2"),
             yaxis=axis(_quality_axis(files), domain=[0.12, 1.0]),
             yaxis2={"domain": [0.0, 0.07], "range": [-1, 1], "visible": False, "fixedrange": True},
-            shapes=_budget_shapes(budget, high),
+            shapes=[*_budget_shapes(budget, high), *rings()],
             annotations=[_budget_note(budget)],
             hovermode="closest",
-            # The last trace is the ring around the chosen point, which the page moves.
+            # Shapes that the page moves: the slider's budget, and the rings around what it chose.
             meta={
                 "legend": legend[::-1],
-                "ring": len(layers) - 1,
+                "cursor": 2,
+                "rings": [3, 4],
                 "narrow": {"yaxis.title.text": f"quality ({files.unit})", "margin.l": 48},
             },
         ),
@@ -105,8 +118,9 @@ def _layers(files: StudyFiles, points: pd.DataFrame, high: float) -> list[_Layer
     farther = int((unscored["latency_ms"] > high).sum())
     beyond = f" ({farther} of {len(unscored)} are farther right)" if farther else ""
     cross = {"color": "@faint", "size": 9, "symbol": "x-thin", "line": {"width": 2, "color": "@muted"}}
+    limit = "a budget or limit" if files.limited else "the budget"
     square = {"color": "@reference", "size": 18, "symbol": "square-open", "line": {"width": 2.5}}
-    circle = {"size": 27, "symbol": "circle-open", "color": "@ink", "line": {"width": 1.5}}
+    bend = {"color": "@ink", "size": 15, "symbol": "diamond-open", "line": {"width": 1.8}}
     names = references["name"].tolist()
     early = [
         _Layer(trace=_ticks(frame, unit, colour), name=words, color=colour, shape="tick")
@@ -118,10 +132,10 @@ def _layers(files: StudyFiles, points: pd.DataFrame, high: float) -> list[_Layer
     ]
     return [
         *early,
-        _Layer(trace=_ticks(unscored, unit), name=f"over the budget, not scored{beyond}", color="@muted", shape="tick"),
+        _Layer(trace=_ticks(unscored, unit), name=f"over {limit}, not scored{beyond}", color="@muted", shape="tick"),
         _Layer(
             trace=_markers(over, cross, unit),
-            name="over the budget, scored all the same",
+            name=f"over {limit}, scored all the same",
             color="@muted",
             shape="cross",
         ),
@@ -143,12 +157,17 @@ def _layers(files: StudyFiles, points: pd.DataFrame, high: float) -> list[_Layer
             color="@accent",
         ),
         _Layer(
+            trace=_markers(table[(table["key"] == analysis.knee(files)) & ~table["recommended"]], bend, unit),
+            name="knee",
+            color="@ink",
+            shape="diamond",
+        ),
+        _Layer(
             trace=_markers(table[table["recommended"]], {"color": "@pick", "size": 17, "symbol": "star"}, unit),
             name="recommended",
             color="@pick",
             shape="star",
         ),
-        _Layer(trace={"x": [], "y": [], "mode": "markers", "hoverinfo": "skip", "marker": circle}),
     ]
 
 
@@ -219,6 +238,7 @@ def _budget_shapes(budget: float, high: float) -> list[dict[str, Any]]:
     return [
         {**shared, "type": "rect", "x0": budget, "x1": 100 * high, "fillcolor": "@over", "line": {"width": 0}},
         {**shared, "type": "line", "x0": budget, "x1": budget, "line": {"color": "@ink", "width": 1.5, "dash": "dash"}},
+        {**shared, "type": "line", "x0": budget, "x1": budget, "line": {"color": "@pick", "width": 1.5}},
     ]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import pandas as pd
+
 from nas import page
 from nas.page import Cell, Section, escape
 from nas.page.numbers import (
@@ -17,7 +19,7 @@ from nas.page.numbers import (
     scaled,
     significant,
 )
-from nas.report import cards, data, figures, front
+from nas.report import analysis, cards, data, explorer, figures, findings, front
 from nas.report.files import DECIBELS, StudyFiles
 
 
@@ -53,6 +55,7 @@ def lead(files: StudyFiles) -> str:
         parts.append(_tiles(files, row))
         parts.append(page.command(row["command"]))
     parts.append(page.paragraph(escape(budget_words(files))))
+    parts.append(findings.edge_words(files))
     return "".join(parts)
 
 
@@ -110,9 +113,12 @@ def ordered(files: StudyFiles) -> list[Section]:
     """The page's sections, in order."""
     found = [
         Section(slug="front", title="Latency and quality", body=_front(files)),
+        Section(slug="limits", title="Budgets and limits", body=findings.limits(files)),
         Section(slug="candidates", title="The front as a table", body=_table(files)),
+        Section(slug="stability", title="How sure the front is", body=findings.stability(files)),
         Section(slug="where", title="Where the time goes", body=_parts(files)),
         Section(slug="choices", title="What the candidates chose", body=_choices(files)),
+        Section(slug="matters", title="Which choices matter", body=findings.matters(files)),
         Section(slug="progress", title="How the search went", body=_progress(files)),
         Section(slug="predictor", title="The latency predictor", body=cards.predictor(files)),
         Section(slug="proxy", title="The quality proxy", body=cards.proxy(files)),
@@ -128,11 +134,17 @@ def _front(files: StudyFiles) -> str:
     words = (
         "Each point is one network. Further left is faster, further up is closer to the teacher. Horizontal bars are"
         f" the predictor's bounds, each holding with {percent(files.record['budget']['confidence'])}; vertical bars are"
-        " the spread over proxy seeds. Click a point, or a row of the table, to see the network."
+        " the spread over proxy seeds."
+        + findings.knee_words(files)
+        + " Click a point of the front, or a row of the table, to see the network. A ring marks what the slider"
+        " chose, a thinner one its runner-up."
     )
     return (
         page.paragraph(escape(words), "note")
-        + page.figure("figure-front", front.front(files), "scatter plot of predicted latency against proxy quality")
+        + explorer.around(
+            files,
+            page.figure("figure-front", front.front(files), "scatter plot of predicted latency against proxy quality"),
+        )
         + _cards(files)
     )
 
@@ -148,13 +160,14 @@ def _cards(files: StudyFiles) -> str:
 
 
 def _card(files: StudyFiles, row: Mapping[str, Any]) -> str:
-    tags = [t for t, on in (("recommended", row["recommended"]), (row["reference"], bool(row["reference"]))) if on]
+    tags = findings.tags(files, row)
     heading = escape(row["key"]) + (f" · {escape(', '.join(tags))}" if tags else "")
     numbers = [
         ("latency", f"{milliseconds(row['latency_ms'])}"),
         ("between", f"{milliseconds(row['latency_low_ms'])} and {milliseconds(row['latency_high_ms'])}"),
         ("meets the budget", percent(row["meets_budget_probability"])),
         ("one denoiser call", milliseconds(row["step_ms"])),
+        *front.elsewhere(files, row),
         ("quality", front.scored(row["quality"], row["quality_sd"], files.unit)),
         *(
             [("of it, text part", front.scored(row["text_quality"], row["text_quality_sd"], files.unit))]
@@ -197,11 +210,14 @@ def _table(files: StudyFiles) -> str:
     if table.empty:
         return ""
     text = [f"text part ({files.unit})"] if files.judges_text else []
+    chance = analysis.front_probability(files)
+    sure = ["on the front"] if len(chance) else []
+    devices = [f"on {device}" for device in files.elsewhere]
     header = [
-        "network", "latency", "low", "high", "meets budget", f"quality ({files.unit})", *text, "parameters",
-        "MACs per call", "weights", "peak activations", "next command",
+        "network", "latency", "low", "high", "meets budget", *devices, f"quality ({files.unit})", *text, *sure,
+        "parameters", "MACs per call", "weights", "peak activations", "next command",
     ]  # fmt: skip
-    rows = [_table_row(files, row) for row in table.to_dict("records")]
+    rows = [_table_row(files, row, chance) for row in table.to_dict("records")]
     return (
         page.paragraph("★ recommended. Click a head to sort, a row to see its configuration above.", "note")
         + page.table(header, rows, keys=table["key"].tolist(), marked=files.recommended)
@@ -211,16 +227,20 @@ def _table(files: StudyFiles) -> str:
     )
 
 
-def _table_row(files: StudyFiles, row: Mapping[str, Any]) -> list[Cell | str]:
-    name = ("★ " if row["recommended"] else "") + row["key"] + (f" ({row['reference']})" if row["reference"] else "")
+def _table_row(files: StudyFiles, row: Mapping[str, Any], chance: pd.Series) -> list[Cell | str]:
+    others = [tag for tag in findings.tags(files, row) if tag != "recommended"]
+    name = ("★ " if row["recommended"] else "") + row["key"] + (f" ({', '.join(others)})" if others else "")
+    sure = [Cell(text=percent(chance.get(row["key"])), sort=chance.get(row["key"]))] if len(chance) else []
     return [
         name,
         *(Cell(text=milliseconds(row[c]), sort=row[c]) for c in ("latency_ms", "latency_low_ms", "latency_high_ms")),
         Cell(text=percent(row["meets_budget_probability"]), sort=row["meets_budget_probability"]),
+        *(Cell(text=milliseconds(row[c]), sort=row[c]) for c in (f"latency_ms@{d}" for d in files.elsewhere)),
         *(
             Cell(text=front.scored(row[c], row[f"{c}_sd"], files.unit).removesuffix(f" {files.unit}"), sort=row[c])
             for c in ("quality", "text_quality")[: 2 if files.judges_text else 1]
         ),
+        *sure,
         *(Cell(text=scaled(row[c]), sort=row[c]) for c in ("params", "macs")),
         *(Cell(text=scaled(row[c], "B"), sort=row[c]) for c in ("weight_bytes", "peak_activation_bytes")),
         Cell(text=row["command"], code=True),
@@ -307,8 +327,23 @@ def _progress(files: StudyFiles) -> str:
         words += f" The last of {len(curve)} scored candidates to enlarge it was number {int(last.max())}."
         if int(last.max()) > 0.8 * len(curve):
             words += " It was still growing near the end, so more trials would probably find more."
-    return page.paragraph(escape(f"{words}{_stopped(files)}")) + page.figure(
-        "figure-progress", figures.hypervolume(files), "line of the hypervolume over scored candidates"
+    shown = [
+        (
+            "over candidates",
+            page.figure(
+                "figure-progress-trial",
+                figures.hypervolume(files, "trial"),
+                "line of the hypervolume over scored candidates",
+            ),
+        )
+    ]
+    if curve["seconds"].notna().all() and curve["seconds"].iloc[-1] > 0:
+        over_time = page.figure(
+            "figure-progress-seconds", figures.hypervolume(files, "seconds"), "line of the hypervolume over proxy time"
+        )
+        shown.insert(0, ("over proxy time", over_time))
+    return page.paragraph(escape(f"{words}{_stopped(files)}{findings.reused(files)}")) + page.views(
+        "views-progress", shown
     )
 
 

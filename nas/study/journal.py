@@ -1,22 +1,23 @@
-"""The journal of a study: one writer at a time, whole lines only, and never of two different studies."""
+"""The journal of a study in its folder: whole lines only, locks that go with their process, one search at a time."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-import optuna
 from optuna.storages.journal import JournalFileBackend
 
 from nas.errors import NasError
 
+NAME = "journal.log"
+
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def searching(folder: Path) -> Iterator[None]:
     """One search per folder at a time; the lock goes with the process, so a killed run leaves none behind.
 
     Raises:
@@ -27,47 +28,91 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise NasError(
-                f"another search is running in {folder}", hint="wait for it, or choose another --out"
+                f"another search is running in {folder}",
+                hint=f"wait for it, join it with nas worker {folder}, or choose another --out",
             ) from error
         yield
 
 
-def open_journal(folder: Path, identity: Mapping[str, Any]) -> optuna.Study:
-    """The study in the folder's journal, new or continued.
+class Presence:
+    """That somebody works in a folder, by a lock that any number may hold and that goes with its holder's process.
 
-    Raises:
-        NasError: it belongs to other settings (each difference is named) or cannot be read.
+    Attributes:
+        alone: whether nobody else held it when it was taken: then whatever was left running has no owner.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    path = folder / "journal.log"
-    _repair(path)
-    try:
-        storage = optuna.storages.JournalStorage(JournalFileBackend(str(path)))
-        study = optuna.create_study(
-            study_name="search", storage=storage, directions=["minimize", "maximize"], load_if_exists=True
-        )
-        found = study.user_attrs.get("identity")
-    except (ValueError, KeyError, UnicodeDecodeError) as error:
-        raise NasError(
-            f"the journal {path} is damaged and cannot be read ({type(error).__name__}: {error})",
-            hint="move it away and run the search again, or choose another --out",
-        ) from error
-    if found is None:
-        study.set_user_attr("identity", dict(identity))
-        return study
-    changed = [f"{k} was {found.get(k)!r}, is now {v!r}" for k, v in identity.items() if found.get(k) != v]
-    if changed:
-        raise NasError(
-            f"the study in {folder} was made with other settings: {'; '.join(changed)}",
-            hint="choose another --out; studies of different settings cannot be joined",
-        )
-    return study
+
+    def __init__(self, folder: Path) -> None:
+        self._handle = (folder / ".workers").open("w")
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.alone = True
+        except OSError:
+            fcntl.flock(self._handle, fcntl.LOCK_SH)
+            self.alone = False
+
+    def share(self) -> None:
+        """Lets others in."""
+        fcntl.flock(self._handle, fcntl.LOCK_SH)
+
+    def close(self) -> None:
+        """Leaves."""
+        self._handle.close()
+
+
+class Journal(JournalFileBackend):
+    """Optuna's journal file with the kernel's lock instead of a lock file.
+
+    A killed writer then holds nobody up, and the half line that it may leave is removed before the next is written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        # Optuna does not export the class that its locks share.
+        super().__init__(str(path), lock_obj=_Lock(path))  # type: ignore[arg-type]
+        self._guard = _Lock(path)
+
+    def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
+        """Whole lines from a number on; no line is half written while they are read."""
+        self._guard.acquire(shared=True)
+        try:
+            found = list(super().read_logs(log_number_from))
+        finally:
+            self._guard.release()
+        yield from found
+
+
+class _Lock:
+    """As Optuna's BaseJournalFileLock, by flock on a file beside the journal."""
+
+    def __init__(self, journal: Path) -> None:
+        self._journal = journal
+        self._path = Path(f"{journal}.flock")
+        self._held: int | None = None
+
+    def acquire(self, shared: bool = False) -> bool:
+        """Waits for the lock; with it alone, removes what a killed writer left."""
+        held = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        fcntl.flock(held, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        self._held = held
+        if not shared:
+            _repair(self._journal)
+        return True
+
+    def release(self) -> None:
+        """Lets the next one in."""
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
 
 
 def _repair(path: Path) -> None:
-    """Removes what a killed writer leaves: half a last line, and Optuna's lock file. The caller holds the folder."""
-    Path(f"{path}.lock").unlink(missing_ok=True)
-    if path.is_file():
-        data = path.read_bytes()
-        if data and not data.endswith(b"\n"):
-            os.truncate(path, data.rfind(b"\n") + 1)
+    """Removes half a last line. The caller holds the lock."""
+    with path.open("rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        if not size:
+            return
+        stream.seek(-1, os.SEEK_END)
+        if stream.read(1) == b"\n":
+            return
+        stream.seek(0)
+        data = stream.read()
+    os.truncate(path, data.rfind(b"\n") + 1)

@@ -3,8 +3,8 @@
     python benchmarks/study_faults.py [--workers 8] [--kills 40] [--trials 400]
 
 For a study in PostgreSQL (a server of its own on loopback) and for one in a journal file, starts eight processes, one
-of which is the search itself; sends SIGKILL to one of them at random moments and starts it again, until there were as many
-kills as asked for and the study has its trials. Then compares what the storage holds with what it must be.
+of which is the search itself; sends SIGKILL to one of them at random moments and starts it again, until there were as
+many kills as asked for and the study has its trials. Then compares what the storage holds with what it must be.
 The proxy is a stand-in that sleeps 0.3 s on average and says a formula of the candidate; everything else is the engine
 as it is. A run that was killed midway is begun again by another worker, so begun runs are more than finished ones; what
 must hold is that each candidate has one outcome, that there are exactly as many as asked for, and that no proposal was

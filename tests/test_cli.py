@@ -77,7 +77,7 @@ SEARCH = ("search", "--space", "snapgen_unet", "--budget", "1.4s@iphone")
         (["search", "--space", "snapgen_unet", "--budget", "soon@iphone"], "not of the form TIME@DEVICE"),
         (["search", "--space", "snapgen_unet", "--budget", "1.4s@ipone"], "did you mean 'iphone'?"),
         ([*SEARCH, "--confidence", "2"], "confidence must be between"),
-        ([*SEARCH, "--trials", "0"], "--trials must be at least 1"),
+        ([*SEARCH, "--trials", "-1"], "--trials must be at least 0"),
         ([*SEARCH, "--resolution", "1000"], "positive multiple of 32 px"),
         (["report", "2026-no-study"], "unknown study '2026-no-study'"),
         (["export", "--space", "snapgen_unet"], "--space needs --reference"),

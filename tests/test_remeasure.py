@@ -195,9 +195,16 @@ def test_a_search_can_end_on_the_hardware(capsys, data, scripted, monkeypatch):
     from nas.search import SearchResult
 
     folder = study()
+    budget = {"text": "60ms@tiny", "ms": BUDGET_MS, "device": SLUG, "confidence": 0.8}
     record = {
         "space": "toy",
-        "budget": {"text": "60ms@tiny", "ms": BUDGET_MS, "device": SLUG, "confidence": 0.8},
+        "budget": budget,
+        "budgets": [budget],
+        "limits": {},
+        "rejected": {},
+        "sampler": "front",
+        "reuse": None,
+        "changed": [],
         "trials": {"proxied": 4, "infeasible": 0},
         "stopping": {"stopped": 0, "saved_s": 0.0},
         "proxy": {"proxy": "distill", "unit": "dB"},

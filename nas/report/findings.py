@@ -69,7 +69,7 @@ def stability(files: StudyFiles) -> str:
     behind = chance[~chance.index.isin(front["key"])]
     close = _count(int((behind >= _MAYBE).sum()), "candidate")
     words = (
-        "A score is known up to its spread over proxy seeds, so another set of seeds would draw another front. Here"
+        "A score is known up to its spread, so the same candidates scored again would draw another front. Here"
         " every score was drawn 4,000 times within its spread, and the chart says how often each candidate was on it."
         f" The {len(front)} points of the front were on it in {percent(chance[front['key']].mean())} of the draws on"
         f" average, and {close} behind it in {percent(_MAYBE)} or more. The fastest candidate always is. Latencies were"

@@ -134,7 +134,7 @@ def _front(files: StudyFiles) -> str:
     words = (
         "Each point is one network. Further left is faster, further up is closer to the teacher. Horizontal bars are"
         f" the predictor's bounds, each holding with {percent(files.record['budget']['confidence'])}; vertical bars are"
-        " the spread over proxy seeds."
+        " one standard deviation of the score."
         + findings.knee_words(files)
         + " Click a point of the front, or a row of the table, to see the network. A ring marks what the slider"
         " chose, a thinner one its runner-up."

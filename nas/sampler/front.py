@@ -11,6 +11,7 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
+from threadpoolctl import threadpool_limits
 
 from nas.errors import NasError, UsageError
 from nas.sampler.history import History
@@ -74,7 +75,9 @@ class FrontSampler(BaseSampler):
             UsageError: the study has not two objectives.
         """
         with self._lock:
-            row = self.propose(study, besides=trial.number)
+            # Proxies have the other cores; on busy ones two threads of a product this small wait for each other.
+            with threadpool_limits(limits=1, user_api="blas"):
+                row = self.propose(study, besides=trial.number)
             if trial.number >= 0:
                 self._asked.setdefault(study.study_name, {})[trial.number] = row
         return self.problem.params(row)

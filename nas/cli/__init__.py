@@ -20,7 +20,7 @@ from nas.errors import NasError
 app = typer.Typer(
     name="nas",
     help="Finds text-to-image denoisers that are as good as possible within a latency budget on a named device.",
-    epilog="Start with: nas search --space snapgen_unet --budget 1.4s@iphone --trials 24",
+    epilog="Start with: nas search --space snapgen_unet --budget 1.4s@iphone",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

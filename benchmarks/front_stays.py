@@ -29,7 +29,7 @@ from nas import page, pareto
 from nas.bench import Bench
 from nas.fidelity import Table, long_run
 from nas.page.plots import axis, layout
-from nas.paths import atomic_write
+from nas.paths import atomic_write, find_study
 from nas.provenance import provenance
 from nas.record import candidate_of, read_study
 
@@ -140,7 +140,7 @@ def figure(rows: pd.DataFrame, chosen: list[tuple[str, str]]) -> page.Figure:
 def main(argv: list[str] | None = None, say: Callable[[str], None] = print) -> int:
     """Trains what is missing, writes the figure and prints the verdict."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path)
+    parser.add_argument("study", type=find_study, help="a study's folder, or its name under reports/")
     parser.add_argument("--steps", type=int, default=360)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2)

@@ -9,13 +9,14 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from nas import quality
 from nas.bench import Point, Stopped
 from nas.device import Budget
 from nas.errors import DIVERGED, UntrainableError
 from nas.evaluate import Evaluation, Terms
 from nas.proxies import Score
-from nas.space import SearchSpace
-from nas.study import Study
+from nas.space import SearchSpace, load_space
+from nas.study import Plan, Study
 
 LOOKS = (6, 12, 18, 24)  # of 24 steps
 
@@ -148,3 +149,22 @@ def run(plan, folder, **named):
     with Study(plan, folder, executor=executor, **named) as opened:
         opened.run()
         return opened.trials(), executor.asked
+
+
+def toy_plan(folder, monkeypatch, **changes):
+    """A search of the toy space by Optuna's TPE, whose proxies take no time."""
+    path = folder / "toy.toml"
+    path.write_text(TOML)
+    monkeypatch.setattr(quality, "teacher_hash", lambda teacher: "teacher")
+    monkeypatch.setattr(quality, "score", toy_score)
+    monkeypatch.setattr("os.fsync", lambda handle: None)  # a power cut is not tested
+    plan = Plan(
+        evaluator=FakeEvaluator(load_space(path)),
+        teacher="embedded",
+        proxy=quality.ProxySettings(steps=24),
+        trials=12,
+        seed=6,
+        jobs=1,
+        sampler="tpe",
+    )
+    return replace(plan, **changes)

@@ -13,33 +13,18 @@ from nas import quality
 from nas.errors import NasError
 from nas.record import front
 from nas.scores import StoredScore
-from nas.space import load_space
-from nas.study import Plan, Study
+from nas.study import Study
 from nas.study.facts import read
 from nas.study.ledger import Ledger
 from nas.study.plan import SCHEMA
-from tests.study_cases import TOML, FakeEvaluator, Inline, run, toy_score
+from tests.study_cases import FakeEvaluator, Inline, run, toy_plan
 
 FIRST = Path(__file__).with_name("schema1_journal.log")  # written by version 0.1.0 with the toy space of study_cases
 
 
 @pytest.fixture
 def plan(tmp_path, monkeypatch):
-    path = tmp_path / "toy.toml"
-    path.write_text(TOML)
-    monkeypatch.setattr(quality, "teacher_hash", lambda teacher: "teacher")
-    monkeypatch.setattr(quality, "score", toy_score)
-    monkeypatch.setattr("os.fsync", lambda handle: None)  # a power cut is not tested
-    return Plan(
-        evaluator=FakeEvaluator(load_space(path)),
-        teacher="embedded",
-        proxy=quality.ProxySettings(steps=24),
-        trials=12,
-        seed=6,
-        jobs=1,
-        prune=0.95,
-        sampler="tpe",
-    )
+    return toy_plan(tmp_path, monkeypatch, prune=0.95)
 
 
 def under(plan, ms, **changes):

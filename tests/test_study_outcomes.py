@@ -19,11 +19,11 @@ from nas.errors import DIVERGED, OUT_OF_MEMORY, NasError, UntrainableError
 from nas.proxies import Score
 from nas.record import front
 from nas.space import load_space
-from nas.study import Plan, Study
+from nas.study import Study
 from nas.study.outcome import Outcome, outcome_of
 from nas.study.propose import distributions, memory
 from nas.study.worker import scored
-from tests.study_cases import TOML, FakeEvaluator, Inline, run, toy_score
+from tests.study_cases import TOML, FakeEvaluator, Inline, run, toy_plan, toy_score
 
 CURVE = (Point(step=6, train_db=1.0, seconds=2.0),)
 STOPPING = {"seed": 6, "trials": 12}  # a search of the toy space in which a run is stopped
@@ -31,21 +31,7 @@ STOPPING = {"seed": 6, "trials": 12}  # a search of the toy space in which a run
 
 @pytest.fixture
 def plan(tmp_path, monkeypatch):
-    path = tmp_path / "toy.toml"
-    path.write_text(TOML)
-    monkeypatch.setattr(quality, "teacher_hash", lambda teacher: "teacher")
-    monkeypatch.setattr(quality, "score", toy_score)
-    monkeypatch.setattr("os.fsync", lambda handle: None)  # a power cut is not tested
-    return Plan(
-        evaluator=FakeEvaluator(load_space(path)),
-        teacher="embedded",
-        proxy=quality.ProxySettings(steps=24),
-        trials=10,
-        seed=3,
-        jobs=1,
-        prune=0.95,
-        sampler="tpe",
-    )
+    return toy_plan(tmp_path, monkeypatch, trials=10, seed=3, prune=0.95)
 
 
 def journal(folder):

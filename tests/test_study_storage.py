@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from nas import quality
 from nas.errors import NasError, UsageError
 from nas.space import load_space
-from nas.study import Plan, Study, runner
+from nas.study import Study, runner
 from nas.study.storage import Patience, open_storage, shown
-from tests.study_cases import TOML, FakeEvaluator, Inline, run, toy_score
+from tests.study_cases import TOML, FakeEvaluator, Inline, run, toy_plan
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -28,20 +27,8 @@ needs_postgresql = pytest.mark.skipif(_postgresql.binaries() is None, reason="Po
 
 @pytest.fixture
 def plan(tmp_path, monkeypatch):
-    path = tmp_path / "toy.toml"
-    path.write_text(TOML)
-    monkeypatch.setattr(quality, "teacher_hash", lambda teacher: "teacher")
-    monkeypatch.setattr(quality, "score", toy_score)
     monkeypatch.setattr(runner, "POLL_S", 0.02)
-    return Plan(
-        evaluator=FakeEvaluator(load_space(path)),
-        teacher="embedded",
-        proxy=quality.ProxySettings(steps=24),
-        trials=8,
-        seed=6,
-        jobs=1,
-        sampler="tpe",
-    )
+    return toy_plan(tmp_path, monkeypatch, trials=8)
 
 
 @pytest.fixture(scope="module")

@@ -9,35 +9,20 @@ from types import SimpleNamespace
 import pytest
 
 import nas
-from nas import quality
 from nas.errors import NasError
 from nas.space import load_space
-from nas.study import Plan, Study, presence, runner, stored_settings
+from nas.study import Study, presence, runner, stored_settings
 from nas.study.facts import LOST, RUNNING, WITHDRAWN, Fact, Snapshot
 from nas.study.ledger import Ledger
 from nas.study.outcome import Outcome
 from nas.study.presence import Worker
-from tests.study_cases import TOML, FakeEvaluator, Inline, run, toy_score
+from tests.study_cases import TOML, FakeEvaluator, Inline, run, toy_plan, toy_score
 
 
 @pytest.fixture
 def plan(tmp_path, monkeypatch):
-    path = tmp_path / "toy.toml"
-    path.write_text(TOML)
-    monkeypatch.setattr(quality, "teacher_hash", lambda teacher: "teacher")
-    monkeypatch.setattr(quality, "score", toy_score)
-    monkeypatch.setattr("os.fsync", lambda handle: None)  # a power cut is not tested
     monkeypatch.setattr(runner, "POLL_S", 0.02)
-    return Plan(
-        evaluator=FakeEvaluator(load_space(path)),
-        teacher="embedded",
-        proxy=quality.ProxySettings(steps=24),
-        trials=12,
-        seed=6,
-        jobs=1,
-        sampler="tpe",
-        settings={"space": "toy"},
-    )
+    return toy_plan(tmp_path, monkeypatch, settings={"space": "toy"})
 
 
 # Which trial stands, whatever happened at the same moment

@@ -13,27 +13,13 @@ import pytest
 from nas import quality
 from nas.errors import NasError
 from nas.space import load_space
-from nas.study import Plan, Study, runner
-from tests.study_cases import TOML, FakeEvaluator, Inline, run, toy_score
+from nas.study import Study, runner
+from tests.study_cases import TOML, FakeEvaluator, Inline, run, toy_plan
 
 
 @pytest.fixture
 def plan(tmp_path, monkeypatch):
-    path = tmp_path / "toy.toml"
-    path.write_text(TOML)
-    monkeypatch.setattr(quality, "teacher_hash", lambda teacher: "teacher")
-    monkeypatch.setattr(quality, "score", toy_score)
-    monkeypatch.setattr("os.fsync", lambda handle: None)  # a power cut is not tested
-    return Plan(
-        evaluator=FakeEvaluator(load_space(path)),
-        teacher="embedded",
-        proxy=quality.ProxySettings(),
-        trials=10,
-        seed=3,
-        jobs=1,
-        prune=0.95,
-        sampler="tpe",
-    )
+    return toy_plan(tmp_path, monkeypatch, proxy=quality.ProxySettings(), trials=10, seed=3, prune=0.95)
 
 
 @pytest.fixture

@@ -22,6 +22,8 @@ from nas.paths import atomic_write, find_study
 from nas.space import Candidate, SearchSpace, load_space
 
 SCHEMA = 1
+# The source of a trial whose score an earlier study paid for.
+REUSED = "reused"
 FILES = ("study.json", "trials.csv", "front.csv", "blocks.csv")
 # Of proxies that train: fidelity to the teacher.
 DECIBELS = "dB"

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.optimize import check_grad
 
 from nas.sampler.encoding import Choice, Encoding
-from nas.sampler.gp import Surrogate, _covariance, _Likelihood
+from nas.sampler.gp import Surrogate
 
 CHOICES = (
     Choice(size=5, ordered=True),
@@ -40,17 +39,7 @@ def fitted(pool, count, values=None, noise_sd=None):
     rows, encoding, inputs = pool
     keep = np.arange(count)
     values = quality(rows[keep]) if values is None else values
-    return Surrogate.fit(inputs[keep], encoding.groups, values, noise_sd)
-
-
-def test_the_gradient_is_the_likelihoods(pool):
-    rows, encoding, inputs = pool
-    target = _Likelihood(inputs[:30], encoding.groups, quality(rows[:30]) / 5.0, None)
-    generator = np.random.default_rng(1)
-    for _ in range(3):
-        at = target.starts[0] + generator.normal(0, 0.5, len(target.middle))
-        wrong = check_grad(lambda x: target(x)[0], lambda x: target(x)[1], at, epsilon=1e-6)
-        assert wrong < 1e-3 * np.linalg.norm(target(at)[1])
+    return Surrogate.fit(inputs[keep], encoding.groups, values, noise_sd)[0]
 
 
 def test_distances_are_between_values_not_codes(pool):
@@ -75,8 +64,8 @@ def test_it_learns_a_function_of_the_choices(pool):
 def test_the_prediction_is_that_of_the_textbook(pool):
     inputs = pool[2]
     found = fitted(pool, 40)
-    cross = _covariance(found.kernel, inputs, found.inputs)
-    whole = _covariance(found.kernel, found.inputs, found.inputs) + found.kernel.noise * np.eye(40)
+    cross = found.kernel.covariance(inputs, found.inputs)
+    whole = found.kernel.covariance(found.inputs, found.inputs) + found.kernel.noise * np.eye(40)
     mean = found.centre + found.unit * cross @ np.linalg.solve(whole, found.values)
     variance = found.kernel.diagonal(inputs) - np.einsum("ij,ji->i", cross, np.linalg.solve(whole, cross.T))
     variance = np.maximum(variance, 0) + 0.5 * found.kernel.noise
@@ -131,12 +120,39 @@ def test_a_row_evaluated_twice_tells_the_noise(pool):
     rows, encoding, inputs = pool
     twice = np.repeat(np.arange(30), 2)
     values = quality(rows[twice]) + np.tile([0.7, -0.7], 30)
-    found = Surrogate.fit(inputs[twice], encoding.groups, values)
+    found = Surrogate.fit(inputs[twice], encoding.groups, values)[0]
     assert found.unit * np.sqrt(found.kernel.noise) == pytest.approx(0.7, rel=0.4)
 
 
 def test_many_evaluations_fit_their_relevances_to_some_of_them(pool):
     rows, encoding, inputs = pool
-    found = Surrogate.fit(inputs, encoding.groups, quality(rows))
+    found = Surrogate.fit(inputs, encoding.groups, quality(rows))[0]
     assert len(found.weights) == 400
     assert np.square(found.predict(inputs)[0] - quality(rows)).mean() < 0.05 * quality(rows).var()
+
+
+def test_imagined_values_spread_as_the_posterior_of_the_true_ones(pool):
+    rows = pool[0]
+    noisy = quality(rows[:50]) + np.random.default_rng(5).normal(0, 1.0, 50)
+    found = fitted(pool, 50, noisy, noise_sd=1.0)
+    generator = np.random.default_rng(0)
+    draws = np.array([found.imagined(generator).settled for _ in range(400)])
+    np.testing.assert_allclose(draws.mean(0), found.settled, atol=0.2)
+    _, sd = found.predict(pool[2][np.arange(50)])  # of the same candidates' true values
+    np.testing.assert_allclose(draws.std(0), sd / found.stretch, rtol=0.2, atol=0.02)
+
+
+def test_given_imagined_values_they_are_certain(pool):
+    found = fitted(pool, 40, quality(pool[0][:40]) + np.random.default_rng(5).normal(0, 1.0, 40), noise_sd=1.0)
+    world = found.imagined(np.random.default_rng(0))
+    mean, sd = world.predict(pool[2][np.arange(40)])
+    np.testing.assert_allclose(mean, world.settled, atol=0.05)
+    assert (sd < 0.1 * found.predict(pool[2][np.arange(40)])[1].mean() + 0.05).all()
+
+
+@pytest.mark.parametrize("values", [[1.5], [2.0, 2.0, 2.0], [-1e9, 1e9]])
+@pytest.mark.parametrize("noise_sd", [None, 0.0, 1.0])
+def test_few_or_equal_values_can_be_imagined(pool, values, noise_sd):
+    world = fitted(pool, len(values), np.array(values), noise_sd).imagined(np.random.default_rng(0))
+    assert np.isfinite(world.settled).all()
+    assert all(np.isfinite(each).all() for each in world.predict(pool[2]))

@@ -67,14 +67,26 @@ def test_the_short_cut_finds_what_the_whole_sum_finds(seed, count):
     stairs = Staircase.of(*points(seed), REFERENCE)
     whole = stairs.expected(cost, mean, sd) * hope
     assert (stairs.bound(cost, mean, sd) >= stairs.expected(cost, mean, sd) - 1e-12).all()
-    places, gains = best(stairs, cost, mean, sd, hope, count)
+    places, gains = best([stairs], cost, [(mean, sd)], hope, count)
     assert places.tolist() == np.argsort(-whole, kind="stable")[:count].tolist()
     np.testing.assert_array_equal(gains, whole[places])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_of_several_beliefs_the_mean_counts(seed):
+    generator = np.random.default_rng(seed)
+    cost, hope = generator.uniform(0, 11, 5000), generator.uniform(0, 1, 5000)
+    beliefs = [(generator.normal(0, 2, 5000), generator.uniform(0, 1, 5000)) for _ in range(3)]
+    stairs = [Staircase.of(*points(seed + 10 * i), REFERENCE) for i in range(3)]
+    each = [steps.expected(cost, *belief) for steps, belief in zip(stairs, beliefs, strict=True)]
+    places, gains = best(stairs, cost, beliefs, hope, 4)
+    assert places.tolist() == np.argsort(-np.mean(each, axis=0) * hope, kind="stable")[:4].tolist()
+    np.testing.assert_allclose(gains, (np.mean(each, axis=0) * hope)[places])
 
 
 def test_without_a_front_all_above_the_reference_counts():
     nothing = np.empty(0)
     stairs = Staircase.of(nothing, nothing, REFERENCE)
     assert stairs.expected(np.array([4.0]), np.array([1.0]), np.zeros(1)).tolist() == [12.0]
-    places, gains = best(stairs, nothing, nothing, nothing, nothing, 3)
+    places, gains = best([stairs], nothing, [(nothing, nothing)], nothing, 3)
     assert len(places) == len(gains) == 0

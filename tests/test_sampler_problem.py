@@ -68,7 +68,6 @@ def test_what_lies_outside_is_priced_if_it_can_be():
         ({"cost": np.full(len(ROWS), np.nan)}, "cost"),
         ({"features": features(ROWS)[1:]}, "features"),
         ({"features": cost(ROWS)}, "features"),
-        ({"noise_sd": -1.0}, "noise_sd"),
         ({"more": lambda rows: (rows, cost(rows), None)}, "price"),
         ({"distributions": {**DISTRIBUTIONS, "ratio": FloatDistribution(0, 1)}}, "ratio"),
         ({"distributions": {**DISTRIBUTIONS, "depth": IntDistribution(1, 5, log=True)}}, "depth"),

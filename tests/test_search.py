@@ -246,6 +246,8 @@ def test_the_same_search_finds_its_folder_and_another_gets_its_own(settings, tmp
     first = study_folder(settings, plan)
     assert study_folder(settings, plan) != first  # nobody began a study there
     (first / "identity.json").write_text(json.dumps(search._identity(plan)))
+    assert study_folder(settings, plan) != first  # a record without its journal, as a clone has it
+    (first / "journal.log").touch()
     assert study_folder(settings, plan) == first
     assert study_folder(replace(settings, trials=9), replace(plan, trials=9)) == first
     for other in ({"seed": 9}, {"storage": "sqlite:///other.db"}, {"sampler": "tpe"}):
@@ -268,6 +270,16 @@ def test_a_fresh_start_drops_the_journal_but_empties_no_shared_storage(settings,
         study_folder(shared, plan_search(shared))
     study_folder(replace(asked, fresh=True), plan_search(asked))
     assert sorted(path.name for path in folder.iterdir()) == ["kept.txt"]
+
+
+def test_a_record_without_its_journal_is_not_overwritten(settings, tmp_path):
+    asked = replace(settings, out=tmp_path / "out")
+    folder = study_folder(asked, plan_search(asked))
+    (folder / "study.json").write_text("{}")
+    with pytest.raises(UsageError, match="out holds the record of a search without its journal"):
+        study_folder(asked, plan_search(asked))
+    for sound in ({"fresh": True}, {"storage": "sqlite:///elsewhere.db"}):
+        assert study_folder(replace(asked, **sound), plan_search(asked)) == folder
 
 
 def scored_rows(found):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import optuna
 import pytest
 
-from nas import quality
+from nas import quality, sampler
 from nas.errors import NasError
 from nas.space import load_space
 from nas.study import Study, runner
@@ -83,6 +84,22 @@ def test_the_default_sampler_proposes_nothing_twice_and_nothing_over_the_budget(
     assert all(t.round is not None for t in trials)
     searched = [t for t in trials if t.evaluation.source == "search"]
     assert all(t.evaluation.feasible or t.cause for t in searched)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "wanted"), [((0,), None), ((0, 1), 0.01 / 2**0.5), ((0, 1, 2), 0.01 * (math.pi / 6) ** 0.5)]
+)
+def test_how_far_the_seeds_of_a_score_lie_apart_is_told_the_sampler(front_plan, tmp_path, monkeypatch, seeds, wanted):
+    told, make = [], sampler.make
+
+    def listening(name, **given):
+        told.append(given["noise_sd"])
+        return make(name, **given)
+
+    monkeypatch.setattr(sampler, "make", listening)
+    run(replace(front_plan, trials=8, proxy=replace(front_plan.proxy, seeds=seeds), prune=None), tmp_path / "a")
+    assert told[0] is None  # before there is a score
+    assert told[-1] == (None if wanted is None else pytest.approx(wanted))
 
 
 def test_the_default_sampler_ends_when_every_candidate_within_the_budget_was_tried(front_plan, tmp_path):

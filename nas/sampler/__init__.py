@@ -19,13 +19,16 @@ __all__ = ["NAMES", "Exhausted", "FrontSampler", "Problem", "make"]
 NAMES: Final = ("front", "gp", "tpe", "nsga2", "random")
 
 
-def make(name: str, *, seed: int, problem: Problem | None = None) -> optuna.samplers.BaseSampler:
+def make(
+    name: str, *, seed: int, problem: Problem | None = None, noise_sd: float | None = None
+) -> optuna.samplers.BaseSampler:
     """The sampler `name`.
 
     Args:
         name: one of `NAMES`: `front`; or Optuna's Gaussian process, multivariate TPE, NSGA-II and random sampler.
         seed: of its draws.
         problem: what `front` exploits; the others do without. The study's first objective is the problem's cost.
+        noise_sd: of one evaluation of quality, for `front`; None where it is to be learned.
 
     Raises:
         UsageError: unknown name, or `front` without a problem.
@@ -33,7 +36,7 @@ def make(name: str, *, seed: int, problem: Problem | None = None) -> optuna.samp
     if name == "front":
         if problem is None:
             raise UsageError("the sampler front needs a problem: candidates with their cost")
-        return FrontSampler(problem, seed=seed)
+        return FrontSampler(problem, seed=seed, noise_sd=noise_sd)
     if name == "gp":
         return optuna.samplers.GPSampler(seed=seed)
     if name == "tpe":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -119,6 +120,7 @@ def _numbers(cost: np.ndarray, features: np.ndarray | None) -> np.ndarray:
     return cost if features is None else np.concatenate([cost, np.asarray(features, dtype=np.float64)], axis=1)
 
 
+@functools.cache
 def _coordinates(choice: Choice) -> np.ndarray:
     """[values, C]: ordered values lie evenly on [0, 1]; any two categories lie 1 apart."""
     if choice.ordered:
@@ -126,6 +128,7 @@ def _coordinates(choice: Choice) -> np.ndarray:
     return np.eye(choice.size) / np.sqrt(2.0)
 
 
+@functools.cache
 def _effects(choice: Choice) -> np.ndarray:
     """[values, values]: a square root of the covariance of the effects of a choice's values."""
     if not choice.ordered:

@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 from nas.errors import NasError, UsageError
 from nas.sampler.history import History
 from nas.sampler.hunt import Hunt
-from nas.sampler.problem import Problem
+from nas.sampler.problem import Problem, among
 from nas.sampler.start import next_start
 
 _START = 10
@@ -30,27 +30,40 @@ class FrontSampler(BaseSampler):
     """Proposes candidates of a two-objective study whose one objective is a known function of the choices.
 
     The first proposals are the references, and then candidates spread over the cost. From then on a Gaussian process
-    predicts the other objective, and the candidate with the greatest expected hypervolume improvement is proposed.
-    Running trials count as if they had ended as predicted. No row is proposed twice, and none outside the problem.
+    predicts the other objective, and the candidate with the greatest expected hypervolume improvement is proposed: a
+    mean over draws of the process's hyperparameters and of what noisy evaluations truly are. Running trials count as if
+    they had ended as predicted. No row is proposed twice, and none outside the problem.
 
     The same seed and the same trials give the same proposal.
 
     Args:
         problem: the candidates and what is known of them.
         seed: of the draws; None draws one.
+        noise_sd: standard deviation of one evaluation of the other objective; None where it is to be learned.
         known: which objective of the study is the known one, 0 or 1. Its values in the study are not read.
         start: how many trials are spread out before the surrogate is asked.
 
     Raises:
-        UsageError: `known` is neither 0 nor 1, or `start` is less than 1.
+        UsageError: `known` is neither 0 nor 1, `start` is less than 1, or `noise_sd` no finite number from 0.
     """
 
-    def __init__(self, problem: Problem, *, seed: int | None = None, known: int = 0, start: int = _START) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        *,
+        seed: int | None = None,
+        noise_sd: float | None = None,
+        known: int = 0,
+        start: int = _START,
+    ) -> None:
         if known not in (0, 1):
             raise UsageError(f"the known objective must be 0 or 1, got {known}")
         if start < 1:
             raise UsageError(f"the number of first trials must be at least 1, got {start}")
+        if noise_sd is not None and not 0 <= noise_sd < np.inf:
+            raise UsageError(f"noise_sd must be a finite number from 0, got {noise_sd}")
         self.problem = problem
+        self._noise_sd = noise_sd
         self._known = known
         self._start = start
         self._lock = threading.Lock()
@@ -103,7 +116,7 @@ class FrontSampler(BaseSampler):
             history = self._history(study)
             if state.is_finished():
                 self._asked.get(study.study_name, {}).pop(trial.number, None)
-        if self.problem.more is None and np.isin(self.problem.pool.keys, history.keys).all():
+        if self.problem.more is None and among(self.problem.pool.keys, history.keys).all():
             # Asked and told by hand, there is nothing to stop: the next `ask` says so.
             with contextlib.suppress(RuntimeError):
                 study.stop()
@@ -120,14 +133,14 @@ class FrontSampler(BaseSampler):
             UsageError: the study has not two objectives.
         """
         history = self._history(study, besides)
-        untried = ~np.isin(self.problem.pool.keys, history.keys)
+        untried = ~among(self.problem.pool.keys, history.keys)
         for reference in self.problem.references:
             place = self.problem.find(np.array(reference))
             if place is not None and untried[place]:
                 return self.problem.pool.rows[place]
         if untried.any() and (len(history.done) + len(history.pending) < self._start or not len(history.done)):
             return self._spread(history, untried)
-        found = Hunt(self.problem, history).chosen() if len(history.done) else None
+        found = Hunt(self.problem, history, self._noise_sd).chosen() if len(history.done) else None
         if found is None or not len(found):
             raise Exhausted(f"all {len(self.problem.rows)} candidates have been tried")
         return found.rows[0]

@@ -10,7 +10,7 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from nas.errors import UsageError
-from nas.sampler.problem import Candidates, Problem
+from nas.sampler.problem import Candidates, Problem, among
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -72,8 +72,8 @@ class History:
         done, pending = state == 0, state == 1
         allowed = np.array(feasible, dtype=bool)[there]
         # One that was pruned for a constraint says something only if the problem lists it all the same.
-        tested = allowed | np.array(broken, dtype=bool)[there] | np.isin(found.keys, problem.pool.keys)
-        failed = (state == 2) & tested & ~np.isin(found.keys, found.keys[done | pending])
+        tested = allowed | np.array(broken, dtype=bool)[there] | problem.lists(found.keys)
+        failed = (state == 2) & tested & ~among(found.keys, found.keys[done | pending])
         return cls(
             done=found[np.flatnonzero(done)],
             quality=np.array(quality)[there][done],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,20 +68,33 @@ def _above(mean: np.ndarray, sd: np.ndarray, level: np.ndarray | float) -> np.nd
 
 
 def best(
-    staircase: Staircase, cost: np.ndarray, mean: np.ndarray, sd: np.ndarray, factor: np.ndarray, count: int
+    staircases: Sequence[Staircase],
+    cost: np.ndarray,
+    predicted: Sequence[Sequence[np.ndarray]],
+    factor: np.ndarray,
+    count: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The candidates of the greatest expected improvement times `factor` (at most 1 each).
+    """The candidates of the greatest expected improvement times `factor` (at most 1 each), a mean over beliefs.
 
     The exact sum is worked out only where the bound leaves a chance.
+
+    Args:
+        staircases: one per belief.
+        cost: of the candidates [n].
+        predicted: per belief, mean and standard deviation of their qualities, [n] each.
+        factor: [n].
+        count: how many.
 
     Returns:
         Their indices, best first, at most `count`, and their gains.
     """
-    bound = staircase.bound(cost, mean, sd) * factor
+    beliefs = list(zip(staircases, predicted, strict=True))
+    bound = np.mean([steps.bound(cost, mean, sd) for steps, (mean, sd) in beliefs], axis=0) * factor
     looked = _FIRST_LOOK
     while True:
         some = np.arange(len(bound)) if looked >= len(bound) else np.argpartition(-bound, looked)[: looked + 1]
-        gains = staircase.expected(cost[some], mean[some], sd[some]) * factor[some]
+        expected = [steps.expected(cost[some], mean[some], sd[some]) for steps, (mean, sd) in beliefs]
+        gains = np.mean(expected, axis=0) * factor[some]
         kept = np.argsort(-gains, kind="stable")[:count]
         # The last of a partition has the greatest bound of all that were not looked at, or more.
         if len(some) == len(bound) or gains[kept[-1]] >= bound[some[-1]]:

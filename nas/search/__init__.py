@@ -67,8 +67,11 @@ def told(evaluator: Evaluator, shares: Shares) -> str:
 def study_folder(settings: SearchSettings, plan: Plan) -> Path:
     """`--out`, or the folder of the same search if there is one to resume, or a new one under reports/.
 
+    A record without its journal, as a repository keeps it, is not resumed and not overwritten.
+
     Raises:
-        UsageError: `--fresh` for a study that is kept in a storage of its own, which is not ours to empty.
+        UsageError: `--fresh` for a study that is kept in a storage of its own, which is not ours to empty; or `--out`
+            is a record without its journal.
     """
     if settings.out is not None:
         return _begun(writable_dir(settings.out), settings)
@@ -77,7 +80,7 @@ def study_folder(settings: SearchSettings, plan: Plan) -> Path:
     root = writable_dir(Path("reports"))
     if not settings.fresh:
         for folder in sorted(root.glob(f"*-{name}*"), reverse=True):
-            if _read_identity(folder) == _identity(plan):
+            if _read_identity(folder) == _identity(plan) and (plan.storage or (folder / JOURNAL).exists()):
                 return folder
     today = datetime.date.today().isoformat()
     number = 1
@@ -96,6 +99,11 @@ def _begun(folder: Path, settings: SearchSettings) -> Path:
             )
         for name in (JOURNAL, _IDENTITY):
             (folder / name).unlink(missing_ok=True)
+    elif settings.storage is None and (folder / "study.json").exists() and not (folder / JOURNAL).exists():
+        raise UsageError(
+            f"{folder} holds the record of a search without its journal, so the search cannot go on from it",
+            hint="choose another --out, or begin it anew there with --fresh",
+        )
     return folder
 
 

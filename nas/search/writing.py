@@ -13,12 +13,11 @@ from nas import proxies, quality
 from nas.evaluate import Evaluation, Evaluator, Shares
 from nas.importance import importances
 from nas.provenance import provenance
-from nas.record import SCHEMA, Trial, blocks_frame, edges, front, hypervolumes, recommend, trials_frame, write
+from nas.record import REUSED, SCHEMA, Trial, blocks_frame, edges, front, hypervolumes, recommend, trials_frame, write
 from nas.search.planning import constraints_record, pipeline_record, references_of
 from nas.search.settings import SearchResult, SearchSettings
 from nas.study import Plan, Study
 
-REUSED = "reused"  # the source of a trial whose score an earlier study paid for
 _PRICED = 500  # candidates whose latencies say which choices decide them
 
 

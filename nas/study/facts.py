@@ -20,12 +20,12 @@ from optuna.trial import FrozenTrial, TrialState
 
 from nas.bench import Point
 from nas.proxies import Score
+from nas.record import REUSED
 from nas.study.outcome import DUPLICATE, FAILED, FORBIDDEN, OVER, PROXIED, STOPPED, UNTRAINABLE, Outcome
 
 RUNNING = "running"
 LOST = "lost"
 WITHDRAWN = "withdrawn"
-REUSED = "reused"  # the source of a trial whose score another study paid for
 
 _RAN = (RUNNING, LOST, PROXIED, STOPPED, UNTRAINABLE, FAILED)
 

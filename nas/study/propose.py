@@ -20,6 +20,7 @@ from nas.study.presence import Place
 
 # Of a space that cannot be listed, this many candidates are priced for the sampler to choose from.
 POOL = 100_000
+_TELLING = 5  # scores
 
 
 def distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
@@ -49,10 +50,11 @@ class Proposer:
         evaluator: of the study.
         name: of the sampler.
         seed: of the study; each proposal has its own, made from it and the number of proposals before.
+        scored: how many seeds of the proxy a score is the median of.
     """
 
-    def __init__(self, evaluator: Evaluator, name: str, seed: int) -> None:
-        self._evaluator, self._name, self._seed = evaluator, name, seed
+    def __init__(self, evaluator: Evaluator, name: str, seed: int, scored: int = 1) -> None:
+        self._evaluator, self._name, self._seed, self._scored = evaluator, name, seed, scored
         self._space = evaluator.space
         self._distributions = distributions(self._space)
         self._pool: Pool | None = None
@@ -74,7 +76,8 @@ class Proposer:
         if at_random:
             return tuple(self._space.sample(1, seed)[0].tolist()), {}
         # Each proposal has a sampler of its own: what it draws then follows from the study alone, so it resumes.
-        chosen = sampler.make(self._name, seed=seed, problem=self._problem_for(place))
+        noise_sd = _noise_sd(snapshot, self._scored)
+        chosen = sampler.make(self._name, seed=seed, problem=self._problem_for(place), noise_sd=noise_sd)
         study = memory(self._space, self._distributions, snapshot, price, self._evaluator.terms.budget.ms, chosen)
         try:
             trial = study.ask(self._distributions)
@@ -107,6 +110,16 @@ class Proposer:
             )
             self._problem = (place, found)
         return self._problem[1]
+
+
+def _noise_sd(snapshot: Snapshot, seeds: int) -> float | None:
+    """Standard deviation of one score, from how far its seeds lay apart; None where too few scores tell."""
+    scores = [fact.outcome.score for fact in snapshot.chains if fact.outcome is not None and fact.state == PROXIED]
+    spreads = [each.value_sd for each in scores if each is not None]
+    if seeds < 2 or len(spreads) < _TELLING:
+        return None
+    wider = np.sqrt(np.pi / 2) if seeds > 2 else 1.0  # a median of many is so much less certain than their mean
+    return float(np.sqrt(np.mean(np.square(spreads))) * wider / np.sqrt(seeds))
 
 
 def _part(pool: Pool, place: Place) -> Pool:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nas.record import REUSED
 from nas.scores import StoredScore
-from nas.study.facts import REUSED
 from nas.study.outcome import PROXIED, UNTRAINABLE, Outcome
 
 if TYPE_CHECKING:

@@ -22,6 +22,8 @@ _GRPC = re.compile(r"grpc://(?P<host>[^:/\s]+):(?P<port>\d+)/?")
 _POSTGRESQL = re.compile(r"^postgres(ql)?(\+\w+)?://")
 # By name, because the libraries that define them are installed for some storages only.
 _LOST = {"OperationalError", "InterfaceError", "TimeoutError", "RpcError", "ConnectionError", "OSError"}
+# Optuna says with a RuntimeError that a database is of another version of its tables.
+_UNREACHED = {"SQLAlchemyError", "RpcError", "OSError", "OptunaError", "RuntimeError"}
 
 Found = TypeVar("Found")
 
@@ -67,6 +69,8 @@ def open_storage(url: str | None, folder: Path | None) -> BaseStorage:
             hint=f"pip install 'nas-diffusion[{extra}]'",
         ) from error
     except Exception as error:
+        if not _named(error, _UNREACHED):
+            raise
         raise NasError(
             f"the storage {shown(url, None)} cannot be reached ({_first_line(error)})",
             hint="check the address, that the server runs, and that this machine may connect",

@@ -77,7 +77,7 @@ class Study:
         self.where = shown(None, folder) if plan.storage is None else f"{shown(plan.storage, None)} ({self._name})"
         self._open = contextlib.ExitStack()
         self._executor = executor
-        self.proposer = Proposer(plan.evaluator, plan.sampler, plan.seed)
+        self.proposer = Proposer(plan.evaluator, plan.sampler, plan.seed, len(plan.proxy.seeds))
         self._prices: dict[Row, Evaluation] = {}
 
     def __enter__(self) -> Study:

@@ -242,3 +242,48 @@ def test_a_parameter_that_is_no_choice_is_refused():
         trial.suggest_int("height", 0, 3)
     with pytest.raises(UsageError, match="depth must be suggested as"):
         trial.suggest_int("depth", 7, 9)
+
+
+def hunted(count, **changes):
+    """A hunt after so many evaluations of candidates drawn at random, with a little noise."""
+    posed = problem(price=lambda rows: (cost(rows), None), **changes)
+    held, generator = study(FrontSampler(posed, seed=0)), np.random.default_rng(3)
+    for row in generator.permutation(ROWS)[:count]:
+        values = [float(cost(row[None])[0]), float(quality(row[None])[0] + 0.5 * generator.normal())]
+        held.add_trial(optuna.trial.create_trial(values=values, params=posed.params(row), distributions=DISTRIBUTIONS))
+    return hunt.Hunt(posed, History.of(held, posed, 0, {}))
+
+
+@pytest.mark.parametrize(("count", "kernels"), [(20, 8), (80, 5), (110, 1)])
+def test_fewer_evaluations_leave_more_kernels_in_doubt(count, kernels):
+    found = hunted(count)
+    assert len(found._beliefs) == 8
+    assert len({each.surrogate.kernel.values[4:].tobytes() for each in found._beliefs}) == kernels
+    assert len({each.staircase.levels.tobytes() for each in found._beliefs}) == 8  # true values are drawn for each
+
+
+def test_the_proposal_is_the_best_of_the_mean_over_beliefs():
+    found = hunted(25)
+    pool = found.problem.pool
+    gains = np.zeros(len(pool))
+    for belief in found._beliefs:
+        gains += belief.staircase.expected(pool.cost, *belief.surrogate.predict(pool.inputs))
+    gains[np.isin(pool.keys, found.history.keys)] = -1.0
+    assert found.chosen().keys[0] == pool.keys[np.argmax(gains)]
+
+
+def test_from_a_corner_of_the_space_it_climbs_further_than_one_step():
+    sizes, asked = ROWS.max(axis=0), []
+
+    def more(rows):
+        asked.append(len(rows))
+        near = np.array([row + step for row in rows for step in (*np.eye(4, dtype=int), *-np.eye(4, dtype=int))])
+        near = near[((near >= 0) & (near <= sizes)).all(axis=1)]
+        return near, cost(near), None
+
+    corner = ROWS[(ROWS <= 1).all(axis=1)]
+    found = hunted(25, rows=corner, cost=cost(corner), more=more)
+    found.front_rows = found.front_rows[:0]
+    steps = np.abs(found.chosen().rows[0] - corner).sum(axis=1).min()
+    assert steps > 1
+    assert len(asked) > 2

@@ -1,10 +1,12 @@
 """`nas measure` killed at random moments ends with the same rows as one left in peace.
 
-    python benchmarks/measure_kill.py [--kills 10] [--shortest 3] [--longest 15]
+    python benchmarks/measure_kill.py [--kills 10] [--most-rows 5] [--longest 3]
 
 Measures a dozen tiny subjects on onnxruntime to the end; measures the same subjects again into another folder and sends
-SIGKILL to the whole process group at random times, starting the same command again after each. Then every subject must
-have as many sessions as in the run left in peace, no session may hold a subject twice, and no file may be half written.
+SIGKILL to the whole process group, starting the same command again after each: as soon as a random number of new rows
+is there, so that a fast machine and a slow one are both killed inside their sessions; where that number is zero, at a
+random time of the start. Then every subject must have as many sessions as in the run left in peace, no session may hold
+a subject twice, and no file may be half written.
 The anchors are measured with every group, so a run that is started anew has more rows of them, each of its own session;
 that they have no fewer is checked. Prints the verdict last and writes reports/benchmarks/measure_kill.json.
 """
@@ -103,24 +105,35 @@ def start(data: Path, options: argparse.Namespace) -> subprocess.Popen[bytes]:
     )
 
 
-def killed_run(data: Path, options: argparse.Namespace) -> list[float]:
-    """Starts the command until it ends by itself; returns the lives of those that were killed, in seconds."""
-    kills: list[float] = []
+def killed_run(data: Path, options: argparse.Namespace) -> list[int]:
+    """Starts the command until it ends by itself; returns how many rows there were at each kill."""
+    kills: list[int] = []
     generator = random.Random(options.seed)
-    while True:
+    while len(kills) < options.kills:
+        wanted, life_s = generator.randint(0, options.most_rows), generator.uniform(0.0, options.longest)
+        had, began_s = lines_of(data), time.monotonic()
         process = start(data, options)
-        life_s = generator.uniform(options.shortest, options.longest)
-        try:
-            if process.wait(timeout=life_s if len(kills) < options.kills else None) != 0:
-                raise SystemExit("a resumed run failed")
+        while process.poll() is None:
+            if lines_of(data) >= had + wanted if wanted else time.monotonic() - began_s >= life_s:
+                os.killpg(process.pid, signal.SIGKILL)
+                break
+            time.sleep(0.002)
+        if process.wait() == 0:
             return kills
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            kills.append(round(life_s, 1))
-            rows = len(tables.read(SLUG, data / "latency_tables"))  # refuses half a row
-            tables.subjects(SLUG, data / "latency_tables")
-            print(f"killed after {life_s:.1f} s with {rows} rows", file=sys.stderr)
+        if process.returncode != -signal.SIGKILL:
+            raise SystemExit("a resumed run failed")
+        kills.append(len(tables.read(SLUG, data / "latency_tables")))  # refuses half a row
+        tables.subjects(SLUG, data / "latency_tables")
+        print(f"killed with {kills[-1]} rows", file=sys.stderr)
+    if start(data, options).wait() != 0:
+        raise SystemExit("the last run failed")
+    return kills
+
+
+def lines_of(data: Path) -> int:
+    """How many lines the table has, its header too."""
+    path = data / "latency_tables" / f"{SLUG}.csv"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def sessions_of(data: Path) -> tuple[dict[str, int], int]:
@@ -156,8 +169,8 @@ def main() -> None:
     """Runs both and compares them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--shortest", type=float, default=3.0, help="seconds that a run may live, at least")
-    parser.add_argument("--longest", type=float, default=15.0, help="and at most")
+    parser.add_argument("--most-rows", type=int, default=5, help="a run is killed after 0 to so many new rows")
+    parser.add_argument("--longest", type=float, default=3.0, help="seconds of a run killed before its first row")
     parser.add_argument("--blocks", type=int, default=6)
     parser.add_argument("--networks", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
@@ -172,7 +185,7 @@ def main() -> None:
         kills = killed_run(killed, options)
         found = compared(peace, killed)
     result = {
-        "kills": kills,
+        "rows_at_kills": kills,
         "undisturbed_s": round(whole_s, 1),
         **found,
         "provenance": provenance(command=" ".join(sys.argv), seed=options.seed),

@@ -254,7 +254,7 @@ def test_a_killed_run_ends_with_the_same_rows(tmp_path, root):
         [
             sys.executable,
             "benchmarks/measure_kill.py",
-            *("--kills", "2", "--blocks", "2", "--networks", "2", "--shortest", "1.5", "--longest", "4"),
+            *("--kills", "2", "--blocks", "2", "--networks", "2", "--seed", "20"),
             *("--out", str(tmp_path / "kill.json")),
         ],
         cwd=root,

@@ -260,14 +260,19 @@ def _anchors(
 ) -> tuple[Subject, ...]:
     """The anchors of earlier sessions on this machine, by which groups are compared best; new ones at first.
 
-    Those are what most groups have, and far more of them than anything else.
+    A session measures its anchors in every group and all else in one of them. That most groups have a subject is not
+    enough: where a run was killed after a few groups, they may all have it.
     """
     groups: dict[str, set[str]] = {}
     for row in rows:
-        if row.chip == chip and row.subject_kind != "component":
+        if row.used and row.chip == chip and row.subject_kind != "component":
             groups.setdefault(row.subject, set()).add(row.session)
     everywhere = set().union(*groups.values())
-    often = {key for key, seen in groups.items() if len(everywhere) > 1 and len(seen) > len(everywhere) / 2}
+    often = {
+        key
+        for key, seen in groups.items()
+        if len(seen) > len(everywhere) / 2 and len(seen) > len({began(label) for label in seen})
+    }
     return tuple(s for s in distinct([*known, *subjects]) if s.key in often) or pick_anchors(subjects)
 
 

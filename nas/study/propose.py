@@ -23,12 +23,24 @@ POOL = 100_000
 _TELLING = 5  # scores
 
 
+class _Ordinal(IntDistribution):
+    """Shared by the copies of a trial: Optuna's storage in memory copies every distribution of every trial."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Ordinal:
+        return self
+
+
+class _Category(CategoricalDistribution):
+    """Likewise."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Category:
+        return self
+
+
 def distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
     """Optuna's view of the choices: an ordinal is the integer index of its value, the others are categories."""
     return {
-        choice.name: IntDistribution(0, len(choice.values) - 1)
-        if choice.ordinal
-        else CategoricalDistribution(list(choice.values))
+        choice.name: _Ordinal(0, len(choice.values) - 1) if choice.ordinal else _Category(list(choice.values))
         for choice in space.choices
     }
 

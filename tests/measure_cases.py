@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,13 @@ from nas.cli import main
 from nas.device import DeviceSheet, load_sheet
 from nas.latency.problem import roofline
 from nas.measure.subjects import Subject, table_subject
+from nas.measure.timing import Clocks, Protocol
 from nas.provenance import processor
 from nas.space import SearchSpace, load_space
 from tests.toy_space import write_space
 
+# A protocol of few calls, for a clock of our own.
+QUICK = Protocol(repeats=7, least_sample_ms=1.0, round_ms=1.0, most_per_round=1, group=2, separation_s=0.0)
 SLUG = "cpu--onnxruntime--fp32"
 SHEET = """
 device = "{device}"
@@ -126,3 +130,24 @@ def brought(folder, lines, header="subject,latency_ms"):
 
 def times(sheet, factor=1.0, count=5):
     return [(s.key, predicted(s, sheet) * factor) for s in toy_networks()[:count]]
+
+
+class World:
+    """A machine whose time passes only when a subject runs: wall and CPU time are scripted per call."""
+
+    def __init__(self) -> None:
+        self.wall = self.cpu = 0.0
+        self.calls: list[str] = []
+
+    @property
+    def clocks(self) -> Clocks:
+        return Clocks(wall=lambda: self.wall, cpu=lambda: self.cpu)
+
+    def subject(self, name: str, cpu_ms: Callable[[int], float], waiting: float = 1.0) -> Callable[[], None]:
+        def run() -> None:
+            took = cpu_ms(self.calls.count(name)) / 1e3
+            self.calls.append(name)
+            self.cpu += took
+            self.wall += took * waiting
+
+        return run

@@ -1,9 +1,8 @@
-"""Measuring: the timing loop against a clock of our own, sessions of scripted subjects, whole runs."""
+"""Measuring: sessions of scripted subjects, whole runs."""
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -21,108 +20,16 @@ from nas.device import DeviceSheet, Target, find_target, load_sheet
 from nas.errors import NasError, UsageError
 from nas.measure.session import Session, began, pick_anchors
 from nas.measure.subjects import Subject
-from nas.measure.timing import Clocks, Protocol, Samples, describe, statistic_for, time_group
+from nas.measure.timing import Protocol, statistic_for
 from nas.space import SearchSpace, load_space
+from tests.measure_cases import QUICK, World
 
 SPACE: SearchSpace = load_space("snapgen_unet")
-QUICK = Protocol(repeats=7, least_sample_ms=1.0, round_ms=1.0, most_per_round=1, group=2, separation_s=0.0)
-
-
-class World:
-    """A machine whose time passes only when a subject runs: wall and CPU time are scripted per call."""
-
-    def __init__(self) -> None:
-        self.wall = self.cpu = 0.0
-        self.calls: list[str] = []
-
-    @property
-    def clocks(self) -> Clocks:
-        return Clocks(wall=lambda: self.wall, cpu=lambda: self.cpu)
-
-    def subject(self, name: str, cpu_ms: Callable[[int], float], waiting: float = 1.0) -> Callable[[], None]:
-        def run() -> None:
-            took = cpu_ms(self.calls.count(name)) / 1e3
-            self.calls.append(name)
-            self.cpu += took
-            self.wall += took * waiting
-
-        return run
 
 
 @pytest.fixture
 def world() -> World:
     return World()
-
-
-def test_each_sample_is_one_subjects_own_time(world: World) -> None:
-    runs = {"a": world.subject("a", lambda n: 3.0, waiting=2.0), "b": world.subject("b", lambda n: 50.0)}
-    samples = time_group(runs, protocol=QUICK, seed=0, clocks=world.clocks)
-    assert samples["a"].cpu_ms == pytest.approx([3.0] * 7)
-    assert samples["a"].wall_ms == pytest.approx([6.0] * 7)
-    assert samples["b"].cpu_ms == pytest.approx([50.0] * 7)
-    assert samples["a"].contention == pytest.approx(2.0)
-    assert samples["b"].contention == pytest.approx(1.0)
-
-
-def test_repeats_are_interleaved_and_reordered(world: World) -> None:
-    runs = {name: world.subject(name, lambda n: 5.0) for name in "abcd"}
-    time_group(runs, protocol=QUICK, seed=0, clocks=world.clocks)
-    timed = world.calls[-4 * QUICK.repeats :]
-    rounds = [tuple(timed[i : i + 4]) for i in range(0, len(timed), 4)]
-    assert all(sorted(once) == list("abcd") for once in rounds)
-    assert len(set(rounds)) > 1
-
-
-def test_warm_up_goes_on_until_stable_and_is_not_kept(world: World) -> None:
-    warm = [90.0, 60.0, 30.0]
-    run = world.subject("a", lambda n: warm[n] if n < len(warm) else 10.0)
-    samples = time_group({"a": run}, protocol=QUICK, seed=0, clocks=world.clocks)
-    assert set(np.round(samples["a"].cpu_ms, 6)) == {10.0}
-    # Three slow calls, the first fast one, and two near it; then the repeats.
-    assert len(world.calls) == 6 + QUICK.repeats
-
-
-def test_warm_up_of_an_unstable_subject_ends(world: World) -> None:
-    run = world.subject("a", lambda n: 10.0 * (1 + n % 2))
-    time_group({"a": run}, protocol=QUICK, seed=0, clocks=world.clocks)
-    assert len(world.calls) == QUICK.most_warm_up + QUICK.repeats
-
-
-def test_a_tiny_subject_is_called_often_per_sample(world: World) -> None:
-    run = world.subject("a", lambda n: 0.3)
-    samples = time_group({"a": run}, protocol=QUICK, seed=0, clocks=world.clocks)
-    assert samples["a"].cpu_ms == pytest.approx([0.3] * 7)
-    assert len(world.calls) == 3 + 7 * 4
-
-
-def test_a_quick_subject_is_sampled_more_often(world: World) -> None:
-    protocol = replace(QUICK, round_ms=20.0, most_per_round=3)
-    runs = {"quick": world.subject("quick", lambda n: 5.0), "slow": world.subject("slow", lambda n: 15.0)}
-    samples = time_group(runs, protocol=protocol, seed=0, clocks=world.clocks)
-    assert len(samples["quick"].cpu_ms) == 21
-    assert len(samples["slow"].cpu_ms) == 7
-
-
-@pytest.mark.parametrize("collecting", [True, False])
-def test_garbage_collection_is_off_while_timing(world: World, collecting: bool) -> None:
-    seen = []
-    before = gc.isenabled()
-    (gc.enable if collecting else gc.disable)()
-    try:
-        run = world.subject("a", lambda n: seen.append(gc.isenabled()) or 5.0)  # type: ignore[func-returns-value]
-        time_group({"a": run}, protocol=QUICK, seed=0, clocks=world.clocks)
-        assert gc.isenabled() is collecting
-    finally:
-        (gc.enable if before else gc.disable)()
-    assert not any(seen)
-
-
-def test_statistics() -> None:
-    samples = Samples(wall_ms=(9.0, 5.0, 7.0), cpu_ms=(4.0, 3.0, 6.0))
-    assert samples.latency("min_cpu") == 3.0
-    assert samples.latency("min_wall") == 5.0
-    assert samples.latency("median_wall") == 7.0
-    assert "min_cpu" in describe(QUICK, "min_cpu")
 
 
 def sheet_of(folder: Path, **changes: str) -> DeviceSheet:
@@ -319,6 +226,21 @@ def test_wherever_a_run_is_killed_only_anchors_are_measured_more_often(
     counts = {key: len(found) for key, found in measure._sessions_of(sheet, tmp_path).items()}
     assert counts.pop(anchor.key) >= 2
     assert counts == {s.key: 2 for s in subjects if s != anchor}
+
+
+def test_anchors_are_what_a_session_measured_in_several_groups(tmp_path: Path, chosen: list[Subject]) -> None:
+    measure.run([SPACE], sheet_of(tmp_path), sessions=1, folder=tmp_path)
+    row = tables.read(sheet_of(tmp_path).slug, tmp_path)[0]
+
+    def found(*groups: tuple[str, str, str]) -> set[str]:
+        rows = [replace(row, subject=k, session=s, flagged=flag) for s, keys, flag in groups for k in keys.split()]
+        return {anchor.key for anchor in measure._anchors(chosen, (), rows, row.chip)}
+
+    two = (("a/01", "k0 k1", ""), ("a/02", "k0 k2", ""))
+    assert found(*two) == {"k0"}
+    assert found(("a/00", "k0 k1", "slow"), *two) == {"k0"}, "a group that was measured again"
+    assert found(*two, ("b/01", "k5 k1", ""), ("b/02", "k5 k2", ""), ("b/03", "k5 k3", "")) == {"k5"}, "new ones since"
+    assert found(two[0]) == {anchor.key for anchor in pick_anchors(chosen)}, "not known yet"
 
 
 def test_sessions_of_another_machine_do_not_count(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -14,7 +15,8 @@ import pytest
 from nas import quality, sampler
 from nas.errors import NasError
 from nas.space import load_space
-from nas.study import Study, runner
+from nas.study import Study, distributions, runner
+from nas.study.propose import Proposer
 from tests.study_cases import TOML, FakeEvaluator, Inline, run, toy_plan
 
 
@@ -31,6 +33,16 @@ def front_plan(plan):
 
 def comparable(trials):
     return [(t.number, t.state, t.evaluation, t.curve, t.saved_s) for t in trials]
+
+
+def test_only_what_the_sampler_is_shown_has_distributions_that_are_not_copied(plan):
+    for each in distributions(plan.evaluator.space).values():
+        stored = optuna.distributions.distribution_to_json(each)
+        assert optuna.distributions.json_to_distribution(stored) == each, "any storage can keep it"
+        assert copy.deepcopy(each) is not each
+    shown = Proposer(plan.evaluator, "random", 0)._distributions
+    assert list(shown) == list(distributions(plan.evaluator.space))
+    assert all(copy.deepcopy(each) is each for each in shown.values())
 
 
 def test_runs_as_many_proxies_as_asked_and_the_reference_first(plan, tmp_path):

@@ -24,7 +24,10 @@ _TELLING = 5  # scores
 
 
 class _Ordinal(IntDistribution):
-    """Shared by the copies of a trial: Optuna's storage in memory copies every distribution of every trial."""
+    """One that its copies are: Optuna's storage in memory copies every distribution of every trial it is given.
+
+    It must not reach another storage, which writes a distribution down by the name of its class.
+    """
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Ordinal:
         return self
@@ -37,10 +40,14 @@ class _Category(CategoricalDistribution):
         return self
 
 
-def distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
+def distributions(
+    space: SearchSpace,
+    ordinal: type[IntDistribution] = IntDistribution,
+    category: type[CategoricalDistribution] = CategoricalDistribution,
+) -> dict[str, BaseDistribution]:
     """Optuna's view of the choices: an ordinal is the integer index of its value, the others are categories."""
     return {
-        choice.name: _Ordinal(0, len(choice.values) - 1) if choice.ordinal else _Category(list(choice.values))
+        choice.name: ordinal(0, len(choice.values) - 1) if choice.ordinal else category(list(choice.values))
         for choice in space.choices
     }
 
@@ -68,7 +75,7 @@ class Proposer:
     def __init__(self, evaluator: Evaluator, name: str, seed: int, scored: int = 1) -> None:
         self._evaluator, self._name, self._seed, self._scored = evaluator, name, seed, scored
         self._space = evaluator.space
-        self._distributions = distributions(self._space)
+        self._distributions = distributions(self._space, _Ordinal, _Category)
         self._pool: Pool | None = None
         self._problem: tuple[Place, sampler.Problem] | None = None
 
